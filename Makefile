@@ -1,0 +1,51 @@
+# `make help` says what there is.
+.DEFAULT_GOAL := help
+SHELL := bash
+export OMP_WAIT_POLICY ?= passive
+
+E := .venv/embedder/bin
+T := .venv/trainer/bin
+
+.PHONY: help setup demo test test-fast test-service test-e2e lint format bench-posembed bench-emoji clean
+
+help:  ## say what there is
+	@awk -F':.*## ' '/^[a-z0-9-]+:.*## /{printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup:  ## make both environments, .venv/embedder and .venv/trainer (once)
+	@scripts/setup.sh embedder
+	@scripts/setup.sh trainer
+
+demo: setup  ## the whole pipeline on 3,584 emoji and their names, ending with runs/demo/report.html
+	@$(T)/python scripts/demo.py
+
+test: lint test-fast test-service test-e2e  ## everything that CI runs: lint, types, all tests
+
+test-fast: setup  ## the tests that need no engine and no server (under a minute)
+	$(E)/pytest -q tests/unit/project tests/unit/cache tests/unit/embedder
+	$(T)/pytest -q tests/unit/trainer tests/unit/data tests/unit/report
+
+test-service: setup  ## the real vLLM engine, a real server, kill -9 and full disks
+	$(E)/pytest -q --durations=5 tests/crash tests/service
+
+test-e2e: setup  ## captions → server → cache → trainer → report, in small
+	$(T)/pytest -q --durations=5 tests/e2e
+
+lint: setup  ## ruff and mypy
+	$(E)/ruff check .
+	$(E)/ruff format --check .
+	$(E)/mypy shared/lift_cache services/embedder/lift_embedder
+	$(T)/mypy services/trainer/lift_trainer
+
+format: setup  ## let ruff fix and format what it can
+	$(E)/ruff check --fix .
+	$(E)/ruff format .
+
+bench-posembed: setup  ## position embeddings on generated scenes, five seeds (25 minutes on 2 free cores)
+	$(T)/lift-data shapes runs/shapes
+	$(T)/python bench/posembed.py --data runs/shapes --out runs/posembed
+
+bench-emoji: demo  ## text transforms and controls on unseen emoji, three seeds (25 minutes on 2 free cores)
+	$(T)/python bench/emoji.py --data runs/demo/data --cache minilm=runs/demo/cache
+
+clean:  ## remove runs/ and caches of tools; environments and prepared models stay
+	rm -rf runs .mypy_cache .ruff_cache .hypothesis
