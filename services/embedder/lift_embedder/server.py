@@ -1,0 +1,139 @@
+"""`lift-embed serve`: everything that must hold before the engine is loaded, and the end of a server's life."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import re
+import signal
+import socket
+import sys
+from collections.abc import Iterator
+
+import uvicorn
+
+from lift_cache.encoding import Encoding
+from lift_cache.errors import BadConfig, CacheNotFound
+from lift_cache.recipe import Recipe
+from lift_cache.writer import CacheWriter
+from lift_embedder import logs, models
+from lift_embedder.app import create_app
+from lift_embedder.config import ServeConfig
+from lift_embedder.engines import create_engine, resolve_kind
+from lift_embedder.metrics import Metrics
+from lift_embedder.path import EmbeddingPath
+from lift_embedder.recipes import build_recipe
+from lift_embedder.supervisor import Supervisor
+from lift_embedder.tokens import CaptionTokenizer
+
+log = logging.getLogger(__name__)
+
+DRAIN_SECONDS = 30
+
+
+def serve(config: ServeConfig) -> None:
+    """Serve until SIGTERM or SIGINT; then answer what is under way, commit, and return.
+
+    Raises:
+        LiftError: what the user has to change (port, lock, recipe, model), before an engine is loaded.
+    """
+    logs.configure()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # until the server takes over: nothing is under way
+    listener = bind(config.host, config.port)
+    model = models.resolve(
+        config.model, revision=_revision_of(config), trust_remote_code=config.trust_remote_code
+    )
+    recipe = build_recipe(model.named, model.name, model.facts, config)
+    encoding = Encoding(dtype=config.store, dimensions=recipe.dimensions) if config.store else None
+    with CacheWriter.open(config.cache, recipe, encoding) as cache:
+        kind = resolve_kind(config.engine, recipe)
+        tokenizer = CaptionTokenizer(recipe, models.load_tokenizer(model))
+        metrics = Metrics()
+        supervisor = Supervisor(
+            lambda: create_engine(kind, model.folder, recipe, batch_tokens=config.batch_tokens),
+            tokenizer,
+            cache,
+            metrics,
+        )
+        path = EmbeddingPath(
+            cache,
+            tokenizer,
+            supervisor,
+            metrics,
+            queue_tokens=config.queue_tokens,
+            batch_tokens=config.batch_tokens,
+        )
+        app = create_app(path, metrics, names=frozenset({config.model, recipe.model, model.folder.name}))
+        log.info(
+            "listening",
+            extra={
+                "url": f"http://{config.host}:{listener.getsockname()[1]}",
+                "cache": str(config.cache),
+                "rows": cache.rows,
+                "model": recipe.model,
+                "revision": recipe.revision,
+                "recipe": recipe.fingerprint,
+                "engine": kind,
+            },
+        )
+        Server(
+            uvicorn.Config(
+                app,
+                log_config=None,
+                access_log=False,
+                timeout_graceful_shutdown=DRAIN_SECONDS,
+                server_header=False,
+            )
+        ).run(sockets=[listener])
+    log.info("stopped: every acknowledged caption is in the cache", extra={"cache": str(config.cache)})
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """A bound socket, so that a port in use is found before anything is loaded. Raises BadConfig."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((host, port))
+        # Bound alone still lets a second server bind; listening does not.
+        listener.listen(2048)
+    except OSError as error:
+        listener.close()
+        raise BadConfig(
+            f"--host {host} --port {port}: {error.strerror or error}; stop what listens there, or choose another port"
+        ) from None
+    return listener
+
+
+def _revision_of(config: ServeConfig) -> str | None:
+    """The commit to load: a branch or tag is resolved once, when the cache is created."""
+    try:
+        recorded = Recipe.load(config.cache / "recipe.json")
+    except FileNotFoundError:
+        return config.revision
+    except NotADirectoryError:
+        raise CacheNotFound(f"--cache {config.cache} is a file; a cache is a directory") from None
+    repository = models.repository_of(config.model)
+    if repository is None or repository != recorded.model:
+        return config.revision
+    if config.revision is not None and re.fullmatch(r"[0-9a-f]{40}", config.revision):
+        return config.revision  # a commit other than the recorded one is refused with the recipe
+    head = models.moved_to(repository, recorded.revision, config.revision)
+    if head is not None:
+        log.warning(
+            "%s is at %s%s now; this cache stays with the commit that it was made with",
+            repository,
+            head,
+            f" ({config.revision})" if config.revision else "",
+        )
+    return recorded.revision
+
+
+class Server(uvicorn.Server):
+    """uvicorn's server, whose clean stop is a success: upstream raises the signal again after draining."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self.handle_exit)
+        yield
