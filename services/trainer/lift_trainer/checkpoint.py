@@ -1,0 +1,246 @@
+"""Checkpoints: directories that are either whole or not there, in safetensors and JSON.
+
+    run/checkpoints/step-000123/   model.safetensors  optimizer.safetensors  text-transform.safetensors  state.json
+    run/checkpoints/latest         the name of the newest
+
+A checkpoint is written under a temporary name, fsynced and renamed; `state.json` holds the digest of every
+other file, so that a torn one (a lost power supply, a half copy) is found out and the one before is used.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, ValidationError
+from safetensors.torch import load_file
+from torch import nn
+
+from lift_cache.errors import BadConfig, CacheDamaged, CacheNotFound, UnsupportedFormat
+from lift_cache.files import (
+    digest_file,
+    make_directory,
+    remove_temporaries,
+    room_for,
+    sync_directory,
+    sync_file,
+    temporary_name,
+    write_atomic,
+)
+from lift_cache.recipe import Recipe
+from lift_trainer.config import RESUMABLE, TrainConfig
+from lift_trainer.tensors import write_tensors
+from lift_trainer.transform import TextTransform
+
+MODEL, OPTIMIZER, TRANSFORM, STATE = (
+    "model.safetensors",
+    "optimizer.safetensors",
+    "text-transform.safetensors",
+    "state.json",
+)
+
+
+STATE_VERSION = 1
+
+
+class State(BaseModel):
+    """What a run needs to go on, beside its tensors."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    version: Literal[1] = 1
+    step: int
+    """Steps done."""
+    total_steps: int
+    text_dimensions: int
+    """Width of the text vectors after the transform, and of the head."""
+    config: TrainConfig
+    index_digest: str
+    snapshot: str | None
+    recipe: Recipe | None
+    overlay_digest: str | None
+    bad: dict[str, str]
+    """Broken samples met so far: place → reason."""
+    libraries: dict[str, str]
+    files: dict[str, str] = {}
+    """Name → BLAKE2b-128 of the files beside this one."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    path: Path
+    state: State
+
+    def load_model(self, model: nn.Module) -> None:
+        model.load_state_dict(load_file(self.path / MODEL))
+
+    def load_optimizer(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        tensors = load_file(self.path / OPTIMIZER)
+        for name, parameter in model.named_parameters():
+            prefix = f"{name}/"
+            state = {key.removeprefix(prefix): t for key, t in tensors.items() if key.startswith(prefix)}
+            if state:
+                # `step` stays where AdamW wants it: fused on the device, as the moments are.
+                optimizer.state[parameter] = {key: t.to(parameter.device) for key, t in state.items()}
+
+    def load_transform(self) -> TextTransform:
+        return TextTransform.load(self.path / TRANSFORM)
+
+
+def save_checkpoint(
+    run: Path,
+    state: State,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    transform: TextTransform,
+    keep: int,
+    before: Checkpoint | None,
+) -> Checkpoint:
+    """Write a checkpoint durably, point `latest` at it and drop all but the newest `keep`.
+
+    Args:
+        before: the one that the run went on from. What else is newer is torn, and would push out good ones.
+
+    Raises:
+        CacheFull: no room; the checkpoints before stay.
+    """
+    directory = run / "checkpoints"
+    make_directory(directory)
+    remove_temporaries(directory)
+    final = directory / f"step-{state.step:06d}"
+    temporary = temporary_name(final)
+    with room_for(directory):
+        temporary.mkdir()
+        try:
+            write_tensors(temporary / MODEL, model.state_dict())
+            write_tensors(
+                temporary / OPTIMIZER,
+                {
+                    f"{name}/{key}": value
+                    for name, parameter in model.named_parameters()
+                    for key, value in optimizer.state.get(parameter, {}).items()
+                },
+            )
+            transform.save(temporary / TRANSFORM)
+            digests = {name: digest_file(temporary / name) for name in (MODEL, OPTIMIZER, TRANSFORM)}
+            state = state.model_copy(update={"files": digests})
+            (temporary / STATE).write_text(state.model_dump_json(indent=2) + "\n")
+            for path in temporary.iterdir():
+                sync_file(path)
+            sync_directory(temporary)
+            if final.exists():  # torn, or it would have been resumed from
+                shutil.rmtree(final)
+            temporary.replace(final)
+            sync_directory(directory)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+        write_atomic(directory / "latest", f"{final.name}\n".encode())
+    since = before.state.step if before else 0
+    others = [path for path in _directories(run) if path != final]
+    torn = [path for path in others if _step_of(path) > since]
+    for old in torn + others[len(torn) + keep - 1 :]:
+        shutil.rmtree(old)
+    return Checkpoint(final, state)
+
+
+def latest_name(run: Path) -> str | None:
+    """What `latest` points at; None before the first checkpoint."""
+    try:
+        return (run / "checkpoints" / "latest").read_text().strip()
+    except OSError:
+        return None
+
+
+def find_checkpoint(run: Path) -> Checkpoint | None:
+    """The newest whole checkpoint of a run, None when there is none; torn ones are named on stderr.
+
+    Raises:
+        CacheDamaged: there are checkpoints, and every one is torn.
+        UnsupportedFormat: the newest is of a newer version.
+    """
+    problems = []
+    for path in _directories(run):
+        try:
+            return read_checkpoint(path)
+        except CacheDamaged as error:
+            problems.append(str(error))
+            print(f"{error}; going back to the one before", file=sys.stderr)
+    if problems:
+        raise CacheDamaged(f"no whole checkpoint in {run}: {problems[0]}; use another --run to start anew")
+    return None
+
+
+def read_checkpoint(path: Path) -> Checkpoint:
+    """Open one checkpoint directory and check its digests. Raises CacheDamaged, UnsupportedFormat."""
+    try:
+        written = (path / STATE).read_bytes()
+        _refuse_newer(path, written)
+        state = State.model_validate_json(written)
+    except (OSError, ValidationError) as error:
+        raise CacheDamaged(f"{path} is torn: {STATE}: {str(error).splitlines()[0]}") from None
+    for name in (MODEL, OPTIMIZER, TRANSFORM):
+        file = path / name
+        if not file.is_file() or digest_file(file) != state.files.get(name):
+            raise CacheDamaged(f"{path} is torn: {name} is not what was written")
+    return Checkpoint(path, state)
+
+
+def _refuse_newer(path: Path, written: bytes) -> None:
+    try:
+        version = json.loads(written)["version"]
+    except (ValueError, KeyError, TypeError):
+        return  # torn, which is said elsewhere
+    if isinstance(version, int) and version > STATE_VERSION:
+        raise UnsupportedFormat(
+            f"{path} has checkpoint version {version}; this software reads {STATE_VERSION}: update it"
+        )
+
+
+def require_checkpoint(run: Path) -> Checkpoint:
+    """As `find_checkpoint`. Raises CacheNotFound when the run has none, CacheDamaged."""
+    checkpoint = find_checkpoint(run)
+    if checkpoint is None:
+        raise CacheNotFound(f"no checkpoint in {run}; train first: lift-train --run {run} …")
+    return checkpoint
+
+
+def _directories(run: Path) -> list[Path]:
+    """Newest first."""
+    found = (path for path in (run / "checkpoints").glob("step-*") if path.name[5:].isdecimal())
+    return sorted(found, key=_step_of, reverse=True)
+
+
+def _step_of(path: Path) -> int:
+    return int(path.name[5:])
+
+
+def refuse_other_config(run: Path, state: State, config: TrainConfig) -> None:
+    """Raises BadConfig naming the first setting that differs from the run's, and both values."""
+    ours, theirs = config.saved(), state.config.saved()
+    for field in ours:
+        if field not in RESUMABLE and ours[field] != theirs[field]:
+            raise _refusal(run, f"--{field.replace('_', '-')}", theirs[field], ours[field])
+
+
+def refuse_other_inputs(
+    run: Path, state: State, *, index_digest: str, snapshot: str | None, overlay_digest: str | None
+) -> None:
+    """Raises BadConfig when the data or the text vectors are not the ones that the run began with."""
+    for what, theirs, ours in (
+        ("the digest of --data", state.index_digest, index_digest),
+        ("the snapshot of --cache", state.snapshot, snapshot),
+        ("the digest of the vectors embedded at --server", state.overlay_digest, overlay_digest),
+    ):
+        if ours != theirs:
+            raise _refusal(run, what, theirs, ours)
+
+
+def _refusal(run: Path, what: str, theirs: Any, ours: Any) -> BadConfig:
+    return BadConfig(
+        f"{run} was begun with {what} = {theirs} and is now given {ours}; give what it was, or another --run"
+    )

@@ -1,0 +1,217 @@
+"""The commands behind lift-train and lift-eval."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Annotated, Any
+
+from cyclopts import App, Parameter
+from cyclopts.config import Env, Yaml
+from cyclopts.types import NonNegativeInt, PositiveInt
+
+from lift_cache.errors import BadConfig
+from lift_cache.terminal import ending_in_one_line, run_app, run_command
+from lift_trainer.config import DATA, RUN, TEXT, TrainConfig
+from lift_trainer.loading import loading
+
+TRAIN_INTERRUPTED = "what was saved stays, and the same command goes on from there"
+EVAL_INTERRUPTED = "nothing was written; the same command starts anew"
+
+
+def train(argv: Sequence[str] | None) -> None:
+    """Exits 0, 2 on a user's error, 128 + signal when it was stopped."""
+    with ending_in_one_line(TRAIN_INTERRUPTED):
+        status = _train(sys.argv[1:] if argv is None else argv)
+    if status:
+        sys.exit(status)
+
+
+def evaluate(argv: Sequence[str] | None) -> None:
+    """As `train`."""
+    run_command(_eval_app(), argv, interrupted=EVAL_INTERRUPTED)
+
+
+# ---------------------------------------------------------------------------------------------- lift-train
+
+TRAIN_HELP = """Train an image encoder against a cache of caption embeddings.
+
+The same command again continues a run from its newest checkpoint. Every flag can also be a field of the
+file given by --config (YAML), or an environment variable: --batch-size, batch_size, LIFT_BATCH_SIZE; a flag
+wins over the environment, the environment over the file.
+
+**A first run, on a laptop**
+
+`lift-train --cache cache --data 'emoji/train-*.tar' --tower vit:width=128,depth=4,heads=4,patch=8
+--image-size 64 --batch-size 256 --epochs 10 --warmup 5% --run runs/emoji`
+
+**The paper's tower on your own images (CSV with columns image, caption)**
+
+`lift-train --cache cache --data pairs.csv --images photos/ --epochs 32 --batch-size 1024 --lr-scaling sqrt
+--run runs/photos`
+
+**What would happen, without doing it**
+
+`lift-train --config run.yaml --dry-run`
+"""
+
+
+def _train(argv: Sequence[str]) -> int:
+    app = App(name="lift-train", version=version("lift-trainer"), help=TRAIN_HELP, help_format="markdown")
+
+    @app.default
+    def train(
+        *,
+        config: Annotated[TrainConfig, Parameter(name="*")],
+        config_file: Annotated[
+            Path | None, Parameter(name="--config", group=RUN, help="YAML file with any of these settings.")
+        ] = None,
+        dry_run: Annotated[
+            bool, Parameter(negative=(), group=RUN, env_var=(), help="Print the plan and stop.")
+        ] = False,
+    ) -> int:
+        # These import torch: seconds that --help should not cost.
+        with loading(TRAIN_INTERRUPTED):
+            from lift_trainer.job import prepare
+            from lift_trainer.loop import train as run_job
+
+        job = prepare(config)
+        print(job.plan(), file=sys.stderr)
+        if dry_run:
+            return 0
+        outcome = run_job(job)
+        if outcome.signal is not None and not outcome.finished:
+            print(
+                f"stopped by {outcome.signal.name} after step {outcome.step} of {outcome.total}; saved as "
+                f"{outcome.checkpoint}; the same command continues there",
+                file=sys.stderr,
+            )
+            return 128 + outcome.signal
+        bad = f", {len(job.rejects.named)} broken samples left out" if job.rejects.named else ""
+        print(
+            f"done: {outcome.step} steps, saved as {outcome.checkpoint}{bad}; next: "
+            f"lift-eval retrieval --run {config.run} --data SHARDS",
+            file=sys.stderr,
+        )
+        return 0
+
+    sources: list[Any] = [Env("LIFT_", command=False)]
+    file = _config_file(argv)
+    if file is not None:
+        sources.append(_yaml(file))
+    app.config = sources
+    return run_app(app, argv)
+
+
+def _config_file(argv: Sequence[str]) -> Path | None:
+    """`--config FILE` has to be known before the other flags are parsed."""
+    for position, argument in enumerate(argv):
+        if argument.startswith("--config="):
+            return Path(argument.partition("=")[2])
+        if argument == "--config" and position + 1 < len(argv):
+            return Path(argv[position + 1])
+    return Path(os.environ["LIFT_CONFIG"]) if "LIFT_CONFIG" in os.environ else None
+
+
+def _yaml(file: Path) -> Yaml:
+    """Raises BadConfig: no such file, not YAML, not a mapping, a field that does not exist."""
+    import yaml
+
+    try:
+        fields = yaml.safe_load(file.read_bytes())
+    except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
+        raise BadConfig(f"--config {file}: {' '.join(str(error).split())}") from None
+    if not isinstance(fields, dict):
+        raise BadConfig(f"--config {file}: no settings in it; write lines such as `batch_size: 256`")
+    unknown = [str(name) for name in fields if str(name).replace("-", "_") not in TrainConfig.model_fields]
+    if unknown:
+        raise BadConfig(f"--config {file}: there is no setting {unknown[0]!r}; see lift-train --help")
+    return Yaml(file, must_exist=True, use_commands_as_keys=False)
+
+
+# ---------------------------------------------------------------------------------------------- lift-eval
+
+EVAL_HELP = """Evaluate a training run.
+
+Texts take the same way as in training: the cache by key, the run's own text transform.
+"""
+
+
+def _eval_app() -> App:
+    app = App(name="lift-eval", version=version("lift-trainer"), help=EVAL_HELP, help_format="markdown")
+
+    @app.command
+    def retrieval(
+        *,
+        run: Annotated[Path, Parameter(group=RUN)],
+        data: Annotated[list[str], Parameter(group=DATA, consume_multiple=True, negative_iterable=())],
+        name: Annotated[str | None, Parameter(group=RUN)] = None,
+        images: Annotated[Path | None, Parameter(group=DATA)] = None,
+        image_field: Annotated[str, Parameter(group=DATA)] = "image",
+        caption_field: Annotated[str | None, Parameter(group=DATA)] = None,
+        max_bad: Annotated[NonNegativeInt, Parameter(group=DATA)] = 100,
+        cache: Annotated[str | None, Parameter(group=TEXT)] = None,
+        server: Annotated[str | None, Parameter(group=TEXT)] = None,
+        device: Annotated[str, Parameter(group=RUN)] = "auto",
+        batch_size: Annotated[PositiveInt, Parameter(group=RUN)] = 256,
+        seed: Annotated[NonNegativeInt, Parameter(group=RUN)] = 0,
+    ) -> int:
+        """Image-to-text and text-to-image R@1, R@5 and R@10.
+
+        Any of an image's captions counts, and so does an equal caption of another image. The scores, the
+        chance level and a gallery are written to RUN/eval/retrieval-NAME.json.
+
+        `lift-eval retrieval --run runs/emoji --data emoji/test-000.tar`
+
+        Parameters
+        ----------
+        run
+            Directory of the training run; its newest checkpoint is used.
+        data
+            Held-out shards or tables, as for lift-train.
+        name
+            Name of the result. Default: from the first source.
+        images
+            Folder that a table's image paths start from.
+        image_field
+            Column of a table that names the image.
+        caption_field
+            Field or column that holds the captions.
+        max_bad
+            Stop when more samples than this are broken; each one is named and left out.
+        cache
+            Cache with the captions, of the same recipe. Default: the run's.
+        server
+            Embedder for captions that the cache lacks.
+        device
+            cpu, cuda, …; auto: cuda where there is one.
+        batch_size
+            Images at a time.
+        seed
+            Which captions the gallery shows.
+        """
+        with loading(EVAL_INTERRUPTED):
+            from lift_trainer.retrieval import evaluate_retrieval
+
+        result, path = evaluate_retrieval(
+            run,
+            data,
+            name=name,
+            images=images,
+            image_field=image_field,
+            caption_field=caption_field,
+            max_bad=max_bad,
+            cache=cache,
+            server=server,
+            device=device,
+            batch_size=batch_size,
+            seed=seed,
+        )
+        print(result.table())
+        print(f"written to {path}; next: lift-report {run}", file=sys.stderr)
+        return 0
+
+    return app

@@ -1,0 +1,289 @@
+"""Every setting of a training run, once: flag, YAML field, `LIFT_*` variable and default.
+
+The defaults are the paper's (arXiv 2506.04209): ViT-B/16 at 224 with average pooling, a
+Linear–GELU–Linear head of the text's width, AdamW 1e-3 with weight decay 0.2, cosine schedule, 500 steps
+of warm-up at batch 16,384, clip 1.0, bf16. One is not: the position embedding starts with a standard
+deviation of 0.5 instead of CLIP's width^-0.5 (bench/posembed.py says why).
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from cyclopts import Group, Parameter
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from lift_cache.errors import BadConfig
+
+DATA = Group("Data", sort_key=1)
+TEXT = Group("Text", sort_key=2)
+MODEL = Group("Image tower", sort_key=3)
+LOSS = Group("Loss and optimiser", sort_key=4)
+RUN = Group("Run", sort_key=5)
+
+
+def _flag(group: Group) -> Parameter:
+    return Parameter(group=group, negative_iterable=(), negative_none=())
+
+
+class TrainConfig(BaseModel):
+    """A training run. Equal configurations (apart from `RESUMABLE`) over equal data give equal weights."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    data: Annotated[list[str], Parameter(group=DATA, consume_multiple=True, negative_iterable=())] = Field(
+        min_length=1,
+        description="WebDataset tars, or CSV/TSV/Parquet tables: files, globs, {000..010} braces.",
+    )
+    images: Annotated[Path | None, _flag(DATA)] = Field(
+        None, description="Folder that a table's image paths start from. Default: the table's own folder."
+    )
+    image_field: Annotated[str, _flag(DATA)] = Field(
+        "image", description="Column of a table that names the image."
+    )
+    caption_field: Annotated[str | None, _flag(DATA)] = Field(
+        None,
+        description="Field of the samples' JSON, or column of a table, that holds the caption or captions.",
+    )
+    max_bad: Annotated[int, _flag(DATA)] = Field(
+        100, ge=0, description="Stop when more samples than this are broken; each one is named and left out."
+    )
+    max_pixels: Annotated[int, _flag(DATA)] = Field(
+        50_000_000,
+        gt=0,
+        description="An image with more pixels counts as broken: decoding it could fill the memory.",
+    )
+
+    cache: Annotated[str | None, _flag(TEXT)] = Field(
+        None, description="Cache of caption embeddings: PATH (newest snapshot) or PATH@ID."
+    )
+    on_missing: Annotated[Literal["error", "skip", "embed"], _flag(TEXT)] = Field(
+        "error", description="Captions that the cache lacks: stop, leave them out, or embed them at --server."
+    )
+    server: Annotated[str | None, _flag(TEXT)] = Field(
+        None, description="Address of the embedder, for --on-missing embed."
+    )
+    text_transform: Annotated[str, _flag(TEXT)] = Field(
+        "none", description="none | center | whiten:K | whiten:K,shrink=A. Fitted to the training captions."
+    )
+    text_control: Annotated[Literal["none", "permuted", "ngram-hash"], _flag(TEXT)] = Field(
+        "none",
+        description="Train on a control: vectors dealt to the wrong captions, or hashed word 1-3-grams (no cache).",
+    )
+
+    tower: Annotated[str, _flag(MODEL)] = Field(
+        "vit_base_patch16_clip_224",
+        description="A timm vision transformer, or vit:width=128,depth=4,heads=4,patch=8. Trained from scratch.",
+    )
+    image_size: Annotated[int, _flag(MODEL)] = Field(224, gt=0, description="Side of the input, in pixels.")
+    pos_embed: Annotated[str, _flag(MODEL)] = Field(
+        "learned:0.5",
+        description="learned:STD (a number or width^-0.5) or fixed sincos (sincos:RMS rescales it).",
+    )
+
+    loss: Annotated[Literal["infonce", "cosine"], _flag(LOSS)] = Field(
+        "infonce", description="Contrastive in both directions, or 1 - cosine of the pairs."
+    )
+    mask: Annotated[Literal["none", "caption"], _flag(LOSS)] = Field(
+        "none", description="caption: an equal caption elsewhere in the batch is not a negative."
+    )
+    batch_size: Annotated[int, _flag(LOSS)] = Field(16_384, gt=0, description="Images per step.")
+    epochs: Annotated[int, _flag(LOSS)] = Field(1, gt=0, description="Passes over the images.")
+    steps: Annotated[int | None, _flag(LOSS)] = Field(
+        None, gt=0, description="Length of the run in steps, instead of epochs."
+    )
+    lr: Annotated[float, _flag(LOSS)] = Field(1e-3, gt=0, description="Peak learning rate.")
+    lr_scaling: Annotated[Literal["none", "sqrt", "linear"], _flag(LOSS)] = Field(
+        "none", description="Scale the learning rate with batch-size / base-batch."
+    )
+    base_batch: Annotated[int, _flag(LOSS)] = Field(
+        16_384, gt=0, description="Batch size at which --lr holds."
+    )
+    warmup: Annotated[str, _flag(LOSS)] = Field(
+        "500", description='Steps ("500"), samples ("50000s") or a share ("5%%").'
+    )
+    weight_decay: Annotated[float, _flag(LOSS)] = Field(
+        0.2, ge=0, description="Not applied to 1-d parameters."
+    )
+    clip: Annotated[float, _flag(LOSS)] = Field(1.0, gt=0, description="Largest gradient norm.")
+
+    run: Annotated[Path, _flag(RUN)] = Field(
+        Path("runs/lift"), description="Directory of the run. The same command continues what is in it."
+    )
+    seed: Annotated[int, _flag(RUN)] = Field(0, ge=0, description="Order, augmentation and initial weights.")
+    precision: Annotated[Literal["bf16", "fp32"], _flag(RUN)] = Field("bf16", description="bf16: autocast.")
+    device: Annotated[str, _flag(RUN)] = Field(
+        "auto", description="cpu, cuda, cuda:1, mps; auto: cuda where there is one."
+    )
+    workers: Annotated[int | None, _flag(RUN)] = Field(
+        None,
+        ge=0,
+        description="Processes that read and decode. Default: by the machine; they change no result.",
+    )
+    cache_images: Annotated[float, _flag(RUN)] = Field(
+        2.0, ge=0, description="Keep decoded images in memory when all fit into this many GiB; 0: never."
+    )
+    checkpoint_every: Annotated[int, _flag(RUN)] = Field(
+        1_000, gt=0, description="Steps between checkpoints."
+    )
+    keep: Annotated[int, _flag(RUN)] = Field(2, gt=0, description="Checkpoints that are kept.")
+    log_every: Annotated[int, _flag(RUN)] = Field(10, gt=0, description="Steps between lines of metrics.")
+    tensorboard: Annotated[bool, Parameter(group=RUN)] = Field(
+        True, description="Also write TensorBoard files."
+    )
+
+    @field_validator("tower")
+    @classmethod
+    def _tower(cls, value: str) -> str:
+        if value.startswith("vit:"):
+            ViTShape.parse(value)
+        return value
+
+    @field_validator("pos_embed")
+    @classmethod
+    def _pos_embed(cls, value: str) -> str:
+        PosEmbed.parse(value)
+        return value
+
+    @field_validator("text_transform")
+    @classmethod
+    def _text_transform(cls, value: str) -> str:
+        TransformSpec.parse(value)
+        return value
+
+    @field_validator("warmup", mode="before")
+    @classmethod
+    def _warmup(cls, value: object) -> str:
+        Span.parse(str(value))
+        return str(value)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> TrainConfig:
+        if self.text_control != "ngram-hash" and self.cache is None:
+            raise ValueError(
+                "--cache is missing: the directory that lift-embed filled (or use --text-control ngram-hash)"
+            )
+        if self.on_missing == "embed" and not self.server:
+            raise ValueError("--on-missing embed needs --server URL, the address of lift-embed serve")
+        return self
+
+    def saved(self) -> dict[str, Any]:
+        """JSON form, for `config.json` and checkpoints."""
+        return self.model_dump(mode="json")
+
+
+RESUMABLE = frozenset(
+    "data images image_field caption_field cache on_missing server max_bad run device workers cache_images "
+    "checkpoint_every keep log_every tensorboard".split()
+)
+"""Fields that may differ when a run is continued: they say where things lie or how often to report. What
+they lead to (sample index, snapshot) is compared by digest instead."""
+
+
+@dataclass(frozen=True)
+class ViTShape:
+    """`vit:width=128,depth=4,heads=4,patch=8`."""
+
+    width: int
+    depth: int
+    heads: int
+    patch: int
+
+    @classmethod
+    def parse(cls, text: str) -> ViTShape:
+        """Raises ValueError."""
+        pairs = [part.partition("=") for part in text.removeprefix("vit:").split(",")]
+        values = {name.strip(): int(value) for name, _, value in pairs if value.strip().isdecimal()}
+        if set(values) != set(cls.__dataclass_fields__) or len(pairs) != len(values) or 0 in values.values():
+            raise ValueError(f"{text!r} is not of the form vit:width=128,depth=4,heads=4,patch=8")
+        shape = cls(**values)
+        if shape.width % shape.heads or shape.width % 4:
+            raise ValueError(f"{text!r}: the width must be a multiple of the number of heads and of 4")
+        return shape
+
+
+@dataclass(frozen=True)
+class PosEmbed:
+    """`learned:STD` or `sincos[:RMS]`; `size` is the standard deviation or root mean square of its values."""
+
+    kind: Literal["learned", "sincos"]
+    size: float | Literal["width^-0.5"] | None
+
+    @classmethod
+    def parse(cls, text: str) -> PosEmbed:
+        """Raises ValueError."""
+        kind, colon, size = text.partition(":")
+        if kind == "sincos" and not colon:
+            return cls("sincos", None)
+        if kind == "learned" and size in ("width^-0.5", "width**-0.5"):
+            return cls("learned", "width^-0.5")
+        try:
+            number = float(size)
+        except ValueError:
+            number = 0.0
+        if kind not in ("learned", "sincos") or not 0 < number < float("inf"):
+            raise ValueError(f"{text!r} is none of learned:0.02, learned:width^-0.5, sincos, sincos:0.02")
+        return cls("learned" if kind == "learned" else "sincos", number)
+
+
+@dataclass(frozen=True)
+class TransformSpec:
+    """`none`, `center`, `whiten:K` or `whiten:K,shrink=A`."""
+
+    kind: Literal["none", "center", "whiten"]
+    k: int = 0
+    shrink: float = 0.0
+
+    @classmethod
+    def parse(cls, text: str) -> TransformSpec:
+        """Raises ValueError."""
+        if text == "none":
+            return cls("none")
+        if text == "center":
+            return cls("center")
+        match = re.fullmatch(r"whiten:(\d+)(?:,shrink=([0-9.]+))?", text)
+        if match is None:
+            raise ValueError(f"{text!r} is none of none, center, whiten:128, whiten:128,shrink=0.5")
+        k, shrink = int(match[1]), float(match[2] or 0)
+        if k < 1 or not 0 <= shrink <= 1:
+            raise ValueError(f"{text!r}: k must be at least 1 and shrink between 0 and 1")
+        return cls("whiten", k, shrink)
+
+    def __str__(self) -> str:
+        if self.kind != "whiten":
+            return self.kind
+        return f"whiten:{self.k}" + (f",shrink={self.shrink:g}" if self.shrink else "")
+
+
+@dataclass(frozen=True)
+class Span:
+    """A length given in steps ("500"), samples ("50000s", "50000samples") or as a share ("5%")."""
+
+    amount: float
+    unit: Literal["steps", "samples", "%"]
+
+    @classmethod
+    def parse(cls, text: str) -> Span:
+        """Raises ValueError."""
+        match = re.fullmatch(r"([0-9][0-9_]*(?:\.[0-9]+)?)\s*(%|s|samples|steps)?", text.strip())
+        if match is None or (match[2] != "%" and "." in match[1]):
+            raise ValueError(f'{text!r} is none of "500" (steps), "50000s" (samples), "5%" (of the run)')
+        unit = {"%": "%", "s": "samples", "samples": "samples"}.get(match[2] or "", "steps")
+        return cls(float(match[1].replace("_", "")), unit)  # type: ignore[arg-type]
+
+    def in_steps(self, batch_size: int, total_steps: int) -> int:
+        """Whole steps, rounded up.
+
+        Raises:
+            BadConfig: longer than the run.
+        """
+        per_unit = {"steps": 1.0, "samples": 1 / batch_size, "%": total_steps / 100}[self.unit]
+        steps = -int(-self.amount * per_unit // 1)
+        if steps >= total_steps and steps > 0:
+            raise BadConfig(
+                f"--warmup is {steps} steps and the whole run {total_steps}; give a share instead, such as --warmup 5%"
+            )
+        return steps

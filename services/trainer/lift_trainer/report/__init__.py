@@ -1,0 +1,1 @@
+"""`lift-report`: what was run and what came out, on one page that needs nothing else."""

@@ -1,0 +1,75 @@
+"""Pictures of the gallery, read from their shards by byte range and drawn anew before they go into a page."""
+
+from __future__ import annotations
+
+import base64
+import io
+import warnings
+from collections.abc import Iterable
+from pathlib import Path
+
+from PIL import Image
+
+from lift_cache.errors import BadSource
+from lift_cache.sources import read_member, scan_tar
+from lift_trainer.formats import BROKEN, IMAGE_EXTENSIONS, eight_bit, open_image
+from lift_trainer.report.runs import Ranked
+
+THUMBNAIL = 160
+"""Longest side in pixels; twice what the page shows, for dense screens."""
+LOSSLESS = 96
+"""Drawings up to this side stay as sharp as they are (PNG); larger ones become JPEG."""
+
+
+def data_uris(images: Iterable[Ranked]) -> dict[Ranked, str]:
+    """`data:` URI of each image. Raises `BadSource`: no such shard or sample, or an image that does not decode."""
+    by_shard: dict[Path, list[Ranked]] = {}
+    for image in images:
+        by_shard.setdefault(image.shard, []).append(image)
+    uris = {}
+    for shard, wanted in by_shard.items():
+        for image, data in _bytes(shard, wanted):
+            try:
+                uris[image] = thumbnail(data)
+            except (*BROKEN, Image.DecompressionBombError) as error:
+                raise BadSource(f"{shard}:{image.sample}: not a readable image ({error})") from error
+    return uris
+
+
+def thumbnail(data: bytes) -> str:
+    """A small, newly encoded copy: nothing of the file but its pixels gets into the page."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        try:
+            picture = eight_bit(open_image(data))
+            picture.thumbnail((THUMBNAIL, THUMBNAIL))
+        except Image.DecompressionBombWarning as warning:
+            raise ValueError(str(warning)) from None
+    drawn = picture.convert("RGBA")
+    flat = Image.new("RGB", drawn.size, "white")
+    flat.paste(drawn, mask=drawn)
+    kind, options = ("png", {"optimize": True}) if max(flat.size) <= LOSSLESS else ("jpeg", {"quality": 85})
+    buffer = io.BytesIO()
+    flat.save(buffer, kind, **options)
+    return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}"
+
+
+def _bytes(shard: Path, wanted: list[Ranked]) -> Iterable[tuple[Ranked, bytes]]:
+    if shard.suffix != ".tar":  # the image file that a table named
+        try:
+            data = shard.read_bytes()
+        except OSError as error:
+            raise BadSource(f"{shard}: {error.strerror}; run lift-report where lift-eval ran") from None
+        yield from ((image, data) for image in wanted)
+        return
+    if not shard.is_file():
+        raise BadSource(f"{shard}: no such shard; run lift-report where lift-eval ran")
+    keys = {image.sample for image in wanted}
+    found = {sample.key: sample.members for sample in scan_tar(shard) if sample.key in keys}
+    with shard.open("rb") as file:
+        for image in wanted:
+            members = found.get(image.sample, {})
+            member = next((members[ext] for ext in IMAGE_EXTENSIONS if ext in members), None)
+            if member is None:
+                raise BadSource(f"{shard}: no image with key '{image.sample}'; evaluate the run again")
+            yield image, read_member(file, member)

@@ -1,0 +1,249 @@
+"""A run directory, read into types: what was configured, what was logged, what the evaluation said."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from lift_cache.errors import BadSource, LiftError
+from lift_cache.recipe import Recipe
+from lift_cache.snapshot import Manifest, find_snapshot, load_manifest, split_location
+
+
+class _Lenient(BaseModel):
+    """Only what the page shows; files may hold more."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+
+class Recall(BaseModel):
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", alias_generator=lambda name: name.replace("_", "@")
+    )
+
+    r_1: float
+    r_5: float
+    r_10: float
+
+    def values(self) -> tuple[float, float, float]:
+        return self.r_1, self.r_5, self.r_10
+
+
+class Ranked(_Lenient):
+    sample: str
+    shard: Path
+    right: bool
+    score: float
+
+
+class Shown(_Lenient):
+    """One caption of the gallery and its best images, best first."""
+
+    caption: str
+    images: tuple[Ranked, ...]
+
+
+class Retrieval(_Lenient):
+    task: Literal["retrieval"]
+    protocol: str
+    items: int
+    captions: int
+    chance: Recall
+    image_to_text: Recall
+    text_to_image: Recall
+    gallery: tuple[Shown, ...] = ()
+    left_out: dict[str, str] = {}
+    checkpoint: str
+    snapshot: str | None = None
+    recipe: str | None = None
+    text_control: str = "none"
+
+
+class Point(_Lenient):
+    step: int
+    samples: int
+    loss: float
+    time_s: float
+
+
+class Config(_Lenient):
+    """The settings that the page reads; all of them are shown."""
+
+    cache: str | None = None
+    tower: str
+    image_size: int
+    loss: str
+    mask: str = "none"
+    batch_size: int
+    seed: int = 0
+    text_transform: str = "none"
+    text_control: str = "none"
+
+
+class State(_Lenient):
+    """Of the newest checkpoint."""
+
+    step: int
+    total_steps: int
+    text_dimensions: int
+    snapshot: str | None = None
+    recipe: Recipe | None = None
+    libraries: dict[str, str] = {}
+
+
+class FillSummary(_Lenient):
+    """What `lift-embed fill --summary` wrote."""
+
+    rows: int
+    captions: int
+    unique: int
+    cached: int
+    embedded: int
+    tokens: int
+    truncated: int
+    rejected: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Run:
+    name: str
+    path: Path
+    config: Config
+    settings: dict[str, Any]
+    """All of `config.json`, for the table."""
+    state: State
+    points: tuple[Point, ...]
+    evaluations: dict[str, Retrieval]
+    """By data name: `test` of `eval/retrieval-test.json`."""
+
+    @property
+    def seconds(self) -> float:
+        """Time in training; each continuation of a stopped run counts from zero again."""
+        times = [point.time_s for point in self.points]
+        return sum(now for now, later in pairwise([*times, 0.0]) if later < now)
+
+
+@dataclass(frozen=True)
+class CacheCard:
+    snapshot: str
+    manifest: Manifest
+
+    @property
+    def bytes(self) -> int:
+        return sum(segment.size for segment in self.manifest.segments)
+
+
+def open_run(argument: str) -> Run:
+    """`DIR` or `NAME=DIR`. Raises `BadSource`: no run there, nothing evaluated, a file of another shape."""
+    name, equals, folder = argument.partition("=")
+    if not equals or Path(argument).is_dir():
+        name, folder = "", argument
+    path = Path(folder)
+    if not (path / "config.json").is_file():
+        raise BadSource(
+            f"{path} is no training run (no config.json); name the folder given to lift-train --run"
+        )
+    found = sorted((path / "eval").glob("retrieval-*.json"))
+    if not found:
+        raise BadSource(f"{path} has no evaluation; first: lift-eval retrieval --run {path} --data SHARDS")
+    settings = _json(path / "config.json")
+    return Run(
+        name=name or path.resolve().name,
+        path=path,
+        config=_parse(Config, settings, path / "config.json"),
+        settings=settings,
+        state=_state(path),
+        points=_points(path / "metrics.jsonl"),
+        evaluations={
+            file.stem.removeprefix("retrieval-"): _parse(Retrieval, _json(file), file) for file in found
+        },
+    )
+
+
+def open_runs(arguments: Sequence[str]) -> list[Run]:
+    """As `open_run`, under names that tell them apart."""
+    runs = [open_run(argument) for argument in arguments]
+    times = Counter(run.name for run in runs)
+    return [replace(run, name=str(run.path)) if times[run.name] > 1 else run for run in runs]
+
+
+def open_cache(location: str) -> CacheCard:
+    """`PATH` or `PATH@ID`. Raises `CacheNotFound`, `CacheDamaged`."""
+    path, wanted = split_location(location)
+    snapshot = find_snapshot(path, wanted)
+    return CacheCard(snapshot, load_manifest(path, snapshot))
+
+
+def cache_of(run: Run) -> CacheCard | None:
+    """The snapshot that a run was trained on; None when it used none or the cache lies elsewhere now."""
+    if run.config.cache is None or run.state.snapshot is None:
+        return None
+    path, _ = split_location(run.config.cache)
+    try:
+        return open_cache(f"{path}@{run.state.snapshot}")
+    except LiftError:
+        return None
+
+
+def open_fill_summary(path: Path) -> FillSummary:
+    return _parse(FillSummary, _json(path), path)
+
+
+def _state(run: Path) -> State:
+    latest = run / "checkpoints" / "latest"
+    try:
+        name = latest.read_text().strip()
+    except OSError:
+        raise BadSource(f"{run} has no checkpoint; the same lift-train command makes one") from None
+    path = run / "checkpoints" / Path(name).name / "state.json"
+    return _parse(State, _json(path), path)
+
+
+def _points(path: Path) -> tuple[Point, ...]:
+    """Logged steps; a last line that was cut off, or a loss that is not finite, draws nothing."""
+    points = []
+    try:
+        lines = path.read_bytes().splitlines()
+    except OSError as error:
+        raise BadSource(f"{path}: {error.strerror}") from None
+    for line in lines:
+        try:
+            point = Point.model_validate_json(line)
+        except ValidationError:
+            continue
+        if math.isfinite(point.loss):
+            points.append(point)
+    return tuple(points)
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_bytes())
+    except OSError as error:
+        raise BadSource(f"{path}: {error.strerror}") from None
+    except (ValueError, RecursionError):
+        raise BadSource(f"{path}: not JSON; make it again") from None
+    if not isinstance(content, dict):
+        raise BadSource(f"{path}: not a JSON object; make it again")
+    return content
+
+
+T = TypeVar("T", bound=BaseModel)
+
+
+def _parse(model: type[T], content: dict[str, Any], path: Path) -> T:
+    try:
+        return model.model_validate(content)
+    except ValidationError as error:
+        first = error.errors()[0]
+        field = ".".join(str(part) for part in first["loc"])
+        raise BadSource(f"{path}: {field}: {first['msg']}; made by another version?") from None

@@ -1,0 +1,262 @@
+"""Text vectors of an index: from the cache by key, from the embedder when the cache lacks some, or a control.
+
+Controls answer "would anything else have done as well?": `permuted` deals the cached vectors to the wrong
+captions, so that nothing can be learned from the pairing; `ngram-hash` is a bag of hashed word 1- to
+3-grams with no language model in it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, Protocol
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+
+from lift_cache.client import EmbeddingClient
+from lift_cache.errors import BadSource, CacheDamaged, EncodingMismatch, MissingCaptions
+from lift_cache.files import publish, room_for, temporary_name
+from lift_cache.keys import caption_keys
+from lift_cache.reader import CacheReader
+from lift_cache.recipe import Recipe
+from lift_trainer.samples import Index
+from lift_trainer.sampling import PERMUTE, permutation
+from lift_trainer.tensors import write_tensors
+
+HASH_DIMENSIONS = 512
+HASH_WORDS = 3
+EMBED_BATCH = 256
+
+Control = Literal["none", "permuted", "ngram-hash"]
+OnMissing = Literal["error", "skip", "embed"]
+
+
+class TextVectors(Protocol):
+    """Vectors of the distinct captions of one index, by number; pickles cheaply into worker processes."""
+
+    @property
+    def dimensions(self) -> int: ...
+
+    @property
+    def resolution(self) -> float:
+        """Relative rounding step of the stored values."""
+        ...
+
+    def gather(self, captions: np.ndarray) -> np.ndarray:
+        """Caption numbers int64 [n] → vectors [n, dimensions], float16 or float32, not normalised."""
+        ...
+
+
+@dataclass(frozen=True)
+class CachedText:
+    """Rows of a snapshot, and overlay vectors for captions that came from the embedder."""
+
+    reader: CacheReader
+    rows: np.ndarray
+    """int64 [u]: row of the snapshot, or −1 − row of the overlay."""
+    overlay: np.ndarray
+    """float32 [v, D]."""
+
+    @property
+    def dimensions(self) -> int:
+        return self.reader.dimensions
+
+    @property
+    def resolution(self) -> float:
+        return float(np.finfo(self.reader.encoding.numpy_dtype).eps)
+
+    def gather(self, captions: np.ndarray) -> np.ndarray:
+        rows = self.rows[captions]
+        if not len(self.overlay):
+            return self.reader.gather(rows)
+        out = np.empty((len(rows), self.dimensions), np.float32)
+        cached = rows >= 0
+        out[cached] = self.reader.gather(rows[cached])
+        out[~cached] = self.overlay[-1 - rows[~cached]]
+        return out
+
+
+@dataclass(frozen=True)
+class PermutedText:
+    """The same vectors, dealt to other captions."""
+
+    inner: TextVectors
+    order: np.ndarray
+    """int64 [u]."""
+
+    @property
+    def dimensions(self) -> int:
+        return self.inner.dimensions
+
+    @property
+    def resolution(self) -> float:
+        return self.inner.resolution
+
+    def gather(self, captions: np.ndarray) -> np.ndarray:
+        return self.inner.gather(self.order[captions])
+
+
+@dataclass(frozen=True)
+class HashedText:
+    """Signed hashing of word 1- to 3-grams (Weinberger et al. 2009), unit length."""
+
+    vectors: np.ndarray
+    """float32 [u, 512]."""
+    dimensions: int = HASH_DIMENSIONS
+    resolution: float = float(np.finfo(np.float32).eps)
+
+    @classmethod
+    def of(cls, captions: Sequence[str]) -> HashedText:
+        vectors = np.zeros((len(captions), HASH_DIMENSIONS), np.float32)
+        for number, caption in enumerate(captions):
+            row = vectors[number]
+            words = re.findall(r"\w+", caption.casefold()) or [caption]
+            for length in range(1, HASH_WORDS + 1):
+                for start in range(len(words) - length + 1):
+                    gram = " ".join(words[start : start + length])
+                    word = int.from_bytes(hashlib.blake2b(gram.encode(), digest_size=8).digest(), "little")
+                    row[word % HASH_DIMENSIONS] += 1.0 if word >> 63 else -1.0
+            if not row.any():  # every gram met its opposite
+                row[0] = 1.0
+        vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+        return cls(vectors)
+
+    def gather(self, captions: np.ndarray) -> np.ndarray:
+        return self.vectors[captions]
+
+
+@dataclass(frozen=True)
+class TextOrigin:
+    """Where the vectors came from; part of every checkpoint, compared when a run is continued."""
+
+    control: Control
+    snapshot: str | None
+    recipe: Recipe | None
+    overlay: str | None
+    """Digest of the vectors that came from the embedder."""
+
+
+def open_text(
+    index: Index,
+    *,
+    cache: str | None,
+    control: Control = "none",
+    on_missing: OnMissing = "error",
+    server: str | None = None,
+    overlay: Path,
+    seed: int = 0,
+) -> tuple[TextVectors, Index, TextOrigin]:
+    """Join an index to its text vectors.
+
+    Args:
+        overlay: file that keeps what `on_missing="embed"` fetches.
+
+    Returns:
+        The vectors, the index (smaller under `on_missing="skip"`), and their origin.
+
+    Raises:
+        MissingCaptions: the snapshot lacks captions, and they were not to be skipped or embedded.
+        RecipeMismatch, EncodingMismatch: the embedder makes other vectors than the cache holds.
+        BadSource: the overlay is of another recipe or cache.
+        CacheNotFound, CacheDamaged, CacheFull, UnsupportedFormat, ServerUnavailable.
+    """
+    if control == "ngram-hash":
+        return HashedText.of(index.captions), index, TextOrigin(control, None, None, None)
+    assert cache is not None, "the configuration requires a cache for everything but ngram-hash"
+    reader = CacheReader(cache)
+    rows = reader.lookup(index.keys)
+    vectors = np.empty((0, reader.dimensions), np.float32)
+    digest = None
+    missing = np.flatnonzero(rows < 0)
+    if len(missing) and on_missing == "error":
+        raise MissingCaptions(
+            f"{_missing(index, missing)} are not in snapshot {reader.snapshot_id} of {reader.path}; "
+            "fill the cache with this data (lift-embed fill) and snapshot it, or use --on-missing skip or embed"
+        )
+    if len(missing) and on_missing == "skip":
+        print(f"left out {_missing(index, missing)}: not in the cache", file=sys.stderr)
+        index = index.keep_captions(rows >= 0)
+        if not len(index):
+            raise MissingCaptions(f"none of the captions is in {reader.path}; is it the cache of this data?")
+        rows = reader.lookup(index.keys)
+    elif len(missing):
+        assert server is not None, "the configuration requires a server for on_missing=embed"
+        vectors = _embed(reader, [index.captions[i] for i in missing], server, overlay)
+        rows[missing] = -1 - np.arange(len(missing))
+        digest = hashlib.blake2b(vectors.tobytes(), digest_size=16).hexdigest()
+    text: TextVectors = CachedText(reader, rows, vectors)
+    if control == "permuted":
+        text = PermutedText(text, permutation(len(index.captions), seed, PERMUTE))
+    return text, index, TextOrigin(control, reader.snapshot_id, reader.recipe, digest)
+
+
+def _missing(index: Index, missing: np.ndarray) -> str:
+    shown = ", ".join(repr(index.captions[i][:60]) for i in missing[:2].tolist())
+    more = ", …" if len(missing) > 2 else ""
+    return f"{len(missing):,} of {len(index.captions):,} captions ({shown}{more})"
+
+
+def _embed(reader: CacheReader, captions: list[str], server: str, overlay: Path) -> np.ndarray:
+    """Vectors of captions that the cache lacks, float32 [n, D]: from the overlay file, else from the server."""
+    keys, vectors = _load_overlay(overlay, reader)
+    known = {bytes(key): row for row, key in enumerate(keys)}
+    wanted = caption_keys(captions)
+    absent = [i for i, key in enumerate(wanted) if bytes(key) not in known]
+    if absent:
+        fetched = []
+        with EmbeddingClient(server) as client:
+            reader.recipe.require_same(client.info().recipe, here=str(reader.path), there=server)
+            for start in range(0, len(absent), EMBED_BATCH):
+                part = client.embed([captions[i] for i in absent[start : start + EMBED_BATCH]]).vectors
+                if part.shape[1] != reader.dimensions:
+                    raise EncodingMismatch(
+                        f"{server} answers {part.shape[1]} dimensions and {reader.path} keeps "
+                        f"{reader.dimensions}; serve from a cache with the same encoding"
+                    )
+                fetched.append(part)
+        known |= {bytes(wanted[i]): len(keys) + n for n, i in enumerate(absent)}
+        keys = np.concatenate([keys, wanted[absent]])
+        vectors = np.concatenate([vectors, *fetched])
+        _save_overlay(overlay, keys, vectors, reader.recipe)
+        print(f"embedded {len(absent):,} captions at {server}, kept in {overlay}", file=sys.stderr)
+    return vectors[[known[bytes(key)] for key in wanted]]
+
+
+def _save_overlay(overlay: Path, keys: np.ndarray, vectors: np.ndarray, recipe: Recipe) -> None:
+    """Raises CacheFull, OSError; the file before stays."""
+    temporary = temporary_name(overlay)
+    with room_for(overlay.parent):
+        overlay.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            tensors = {"keys": torch.from_numpy(keys), "vectors": torch.from_numpy(vectors)}
+            write_tensors(temporary, tensors, {"recipe": recipe.fingerprint})
+            publish(temporary, overlay)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def _load_overlay(overlay: Path, reader: CacheReader) -> tuple[np.ndarray, np.ndarray]:
+    if not overlay.exists():
+        return np.empty((0, 16), np.uint8), np.empty((0, reader.dimensions), np.float32)
+    try:
+        with safe_open(overlay, "np") as file:
+            keys, vectors = file.get_tensor("keys"), file.get_tensor("vectors")
+            recipe = (file.metadata() or {})["recipe"]
+    except (OSError, SafetensorError, KeyError) as error:
+        raise CacheDamaged(
+            f"{overlay} cannot be read ({error}); delete it, and its captions are embedded again"
+        ) from None
+    if recipe != reader.recipe.fingerprint:
+        raise BadSource(
+            f"{overlay} holds vectors of recipe {recipe[:12]} and {reader.path} those of "
+            f"{reader.recipe.fingerprint[:12]}; delete it, or use another --run"
+        )
+    if vectors.shape != (len(keys), reader.dimensions):
+        raise BadSource(f"{overlay} belongs to another cache; delete it, or use another --run")
+    return keys, vectors

@@ -1,0 +1,106 @@
+"""A small world: coloured squares in a tar, a cache of their captions, and a tower that trains in a blink."""
+
+from __future__ import annotations
+
+import io
+import json
+import tarfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from lift_cache.bulk import write_cache
+from lift_cache.encoding import Encoding
+from lift_cache.recipe import Recipe
+from lift_trainer.config import TrainConfig
+
+SIDE = 16
+
+torch.set_num_threads(1)  # threads would spend longer on meeting each other than on these matrices
+TOWER = "vit:width=16,depth=1,heads=2,patch=8"
+
+
+def png(seed: int, size: tuple[int, int] = (SIDE, SIDE)) -> bytes:
+    pixels = np.random.default_rng(seed).integers(0, 256, (*size, 3), np.uint8)
+    out = io.BytesIO()
+    Image.fromarray(pixels).save(out, "png")
+    return out.getvalue()
+
+
+def write_tar(path: Path, samples: Sequence[tuple[str, bytes | None, object]]) -> Path:
+    """(key, image bytes, JSON) per sample."""
+    with tarfile.open(path, "w") as tar:
+        for key, image, record in samples:
+            members = [("json", json.dumps(record).encode())]
+            if image is not None:
+                members.insert(0, ("png", image))
+            for ext, data in members:
+                info = tarfile.TarInfo(f"{key}.{ext}")
+                info.size = len(data)
+                tar.addfile(info, io.BytesIO(data))
+    return path
+
+
+@dataclass(frozen=True)
+class World:
+    root: Path
+    shard: Path
+    cache: Path
+    captions: list[str]
+    vectors: np.ndarray
+    recipe: Recipe
+
+    def config(self, run: str = "run", **changes: object) -> TrainConfig:
+        settings: dict[str, object] = {
+            "data": [str(self.shard)],
+            "cache": str(self.cache),
+            "tower": TOWER,
+            "image_size": SIDE,
+            "batch_size": 8,
+            "epochs": 4,
+            "warmup": "1",
+            "pos_embed": "learned:0.5",
+            "run": self.root / run,
+            "device": "cpu",
+            "tensorboard": False,
+            "log_every": 1,
+            "workers": 0,
+        }
+        return TrainConfig.model_validate(settings | changes)
+
+    def flags(self, run: str = "run", **changes: object) -> list[str]:
+        """The same as a command line."""
+        config = self.config(run, **changes)
+        given = config.model_dump(mode="json", exclude_unset=True)
+        argv: list[str] = []
+        for name, value in given.items():
+            flag = f"--{name.replace('_', '-')}"
+            if isinstance(value, bool):
+                argv.append(flag if value else f"--no-{name.replace('_', '-')}")
+            elif isinstance(value, list):
+                argv += [flag, *value]
+            elif value is not None:
+                argv += [flag, str(value)]
+        return argv
+
+
+@pytest.fixture
+def world(tmp_path: Path, recipe: Recipe, vectors: Callable[..., np.ndarray]) -> World:
+    """28 samples, of which every fourth has two captions."""
+    captions = [f"drawing number {i}" for i in range(28)] + [f"also called {i}" for i in range(0, 28, 4)]
+    samples = [
+        (f"{i:04d}", png(i), {"captions": [f"drawing number {i}"] + [f"also called {i}"] * (i % 4 == 0)})
+        for i in range(28)
+    ]
+    made = vectors(len(captions))
+    write_cache(
+        tmp_path / "cache", recipe, Encoding(dtype="float16", dimensions=made.shape[1]), captions, made
+    )
+    return World(
+        tmp_path, write_tar(tmp_path / "train-000.tar", samples), tmp_path / "cache", captions, made, recipe
+    )

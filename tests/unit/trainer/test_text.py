@@ -1,0 +1,226 @@
+"""Text vectors: from the cache by key, what happens to captions it lacks, and the controls."""
+
+from __future__ import annotations
+
+import base64
+import json
+import pickle
+import shutil
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+import numpy as np
+import pytest
+
+from lift_cache.bulk import write_cache
+from lift_cache.encoding import Encoding
+from lift_cache.errors import BadSource, MissingCaptions, RecipeMismatch
+from lift_cache.recipe import Recipe
+from lift_trainer.rejects import Rejects
+from lift_trainer.samples import Index, build_index
+from lift_trainer.text import HashedText, open_text
+from tests.unit.trainer.conftest import World, png, write_tar
+
+
+@pytest.fixture
+def index(world: World) -> Index:
+    return build_index([str(world.shard)], Rejects(0))
+
+
+@pytest.fixture
+def larger(world: World) -> Index:
+    """The world's samples and two more, with one caption that the cache lacks."""
+    samples = [
+        ("x0", png(0), {"captions": ["new caption 0", "drawing number 0"]}),
+        ("x1", png(1), {"captions": ["drawing number 1"]}),
+    ]
+    extra = write_tar(world.root / "extra.tar", samples)
+    return build_index([str(world.shard), str(extra)], Rejects(0))
+
+
+class Embedder:
+    """Speaks the embedder's protocol over HTTP; the vector of a caption is its length, repeated."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        embedder = self
+        self.embedded: list[str] = []
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                encoding = Encoding(dimensions=recipe.dimensions)
+                self._answer(
+                    {
+                        "recipe": recipe.model_dump(mode="json"),
+                        "fingerprint": recipe.fingerprint,
+                        "encoding": encoding.model_dump(mode="json"),
+                        "rows": 0,
+                    }
+                )
+
+            def do_POST(self) -> None:
+                asked = json.loads(self.rfile.read(int(self.headers["content-length"])))
+                embedder.embedded += asked["input"]
+                rows = []
+                for i, caption in enumerate(asked["input"]):
+                    vector: Any = np.full(recipe.dimensions, len(caption), "<f4")
+                    if asked.get("encoding_format") == "base64":
+                        vector = base64.b64encode(vector.tobytes()).decode()
+                    else:
+                        vector = vector.tolist()
+                    rows.append(
+                        {"index": i, "embedding": vector, "cached": False, "tokens": 3, "truncated": False}
+                    )
+                self._answer(
+                    {"object": "list", "data": rows, "recipe": recipe.fingerprint, "model": recipe.model}
+                )
+
+            def _answer(self, body: dict[str, Any]) -> None:
+                data = json.dumps(body).encode()
+                self.send_response(200)
+                self.send_header("content-type", "application/json")
+                self.send_header("content-length", str(len(data)))
+                self.end_headers()
+                self.wfile.write(data)
+
+            def log_message(self, *_: object) -> None:
+                pass
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.server.server_port}"
+        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+
+    def close(self) -> None:
+        self.server.shutdown()
+        self.server.server_close()
+
+
+@pytest.fixture
+def embedder(recipe: Recipe) -> Iterator[Embedder]:
+    embedder = Embedder(recipe)
+    yield embedder
+    embedder.close()
+
+
+def test_each_caption_gets_the_vector_that_was_stored_for_it(world: World, index: Index) -> None:
+    text, _, origin = open_text(index, cache=str(world.cache), overlay=world.root / "o")
+    order = np.random.default_rng(0).permutation(len(index.captions))
+    expected = [world.vectors[world.captions.index(index.captions[i])] for i in order]
+    assert text.gather(order) == pytest.approx(np.array(expected), abs=1e-3)
+    assert origin.recipe == world.recipe and origin.snapshot
+    again = pickle.loads(pickle.dumps(text))
+    assert np.array_equal(again.gather(order), text.gather(order))
+
+
+def test_the_cache_is_read_from_a_copy_without_its_live_tier(world: World, index: Index) -> None:
+    copy = world.root / "copy"
+    shutil.copytree(world.cache, copy, ignore=shutil.ignore_patterns("live", "*.lock", "lock"))
+    assert not (copy / "live").exists()
+    copy.chmod(0o555)
+    text, _, _ = open_text(index, cache=str(copy), overlay=world.root / "o")
+    original, _, _ = open_text(index, cache=str(world.cache), overlay=world.root / "o")
+    everything = np.arange(len(index.captions))
+    assert np.array_equal(text.gather(everything), original.gather(everything))
+
+
+def test_missing_captions_are_an_error_that_counts_and_shows_them(world: World, larger: Index) -> None:
+    with pytest.raises(
+        MissingCaptions, match=r"1 of 36 captions \('new caption 0'\) are not in snapshot .* .lift-embed fill"
+    ):
+        open_text(larger, cache=str(world.cache), overlay=world.root / "o")
+
+
+def test_missing_captions_can_be_skipped_without_touching_the_rest(
+    world: World, larger: Index, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text, kept, _ = open_text(larger, cache=str(world.cache), on_missing="skip", overlay=world.root / "o")
+    assert "left out 1 of 36 captions ('new caption 0')" in capsys.readouterr().err
+    assert len(kept) == 30 and kept.names[28:] == ["x0", "x1"]
+    pair = kept.pairs[kept.first[28]]
+    assert kept.captions[pair] == "drawing number 0"
+    assert text.gather(np.array([pair]))[0] == pytest.approx(world.vectors[0], abs=1e-3)
+
+
+def test_missing_captions_can_be_embedded_once_and_are_kept_beside_the_run(
+    world: World, larger: Index, embedder: Embedder
+) -> None:
+    overlay = world.root / "run" / "overlay.safetensors"
+
+    def open_it(url: str) -> tuple[np.ndarray, str | None]:
+        text, index, origin = open_text(
+            larger, cache=str(world.cache), on_missing="embed", server=url, overlay=overlay
+        )
+        return text.gather(np.arange(len(index.captions))), origin.overlay
+
+    vectors, digest = open_it(embedder.url)
+    new = larger.captions.index("new caption 0")
+    assert embedder.embedded == ["new caption 0"]
+    assert vectors[new].tolist() == [13.0] * 24
+    assert vectors[0] == pytest.approx(world.vectors[0], abs=1e-3)
+    # Again with no server at all: everything is at hand.
+    again, same = open_it("http://127.0.0.1:9")
+    assert np.array_equal(again, vectors) and same == digest
+
+
+def test_kept_vectors_of_another_recipe_are_refused(
+    world: World, larger: Index, embedder: Embedder, recipe: Recipe
+) -> None:
+    overlay = world.root / "overlay.safetensors"
+    open_text(larger, cache=str(world.cache), on_missing="embed", server=embedder.url, overlay=overlay)
+    other = recipe.model_copy(update={"pooling": "mean"})
+    write_cache(world.root / "other", other, Encoding(dimensions=24), world.captions, world.vectors)
+    with pytest.raises(BadSource, match=r"overlay\.safetensors holds vectors of recipe .* delete it"):
+        open_text(
+            larger,
+            cache=str(world.root / "other"),
+            on_missing="embed",
+            server=embedder.url,
+            overlay=overlay,
+        )
+
+
+def test_an_embedder_with_another_recipe_is_refused_by_field(
+    world: World, larger: Index, recipe: Recipe
+) -> None:
+    other = Embedder(recipe.model_copy(update={"template": "query: {caption}"}))
+    try:
+        with pytest.raises(
+            RecipeMismatch, match=r"template is '{caption}' in .* and 'query: {caption}' in http"
+        ):
+            open_text(
+                larger, cache=str(world.cache), on_missing="embed", server=other.url, overlay=world.root / "o"
+            )
+    finally:
+        other.close()
+    assert not other.embedded and not (world.root / "o").exists()
+
+
+def test_permuted_vectors_are_the_same_set_at_the_wrong_captions(world: World, index: Index) -> None:
+    everything = np.arange(len(index.captions))
+    true, _, _ = open_text(index, cache=str(world.cache), overlay=world.root / "o")
+
+    def deal(seed: int) -> np.ndarray:
+        text, _, _ = open_text(
+            index, cache=str(world.cache), control="permuted", overlay=world.root / "o", seed=seed
+        )
+        return text.gather(everything)
+
+    dealt = [deal(seed) for seed in (0, 0, 1)]
+    assert np.array_equal(dealt[0], dealt[1]) and not np.array_equal(dealt[0], dealt[2])
+    assert np.array_equal(np.unique(dealt[0], axis=0), np.unique(true.gather(everything), axis=0))
+    assert (dealt[0] != true.gather(everything)).any(1).mean() > 0.8
+
+
+def test_hashed_ngrams_need_no_model_and_tell_word_order_apart() -> None:
+    captions = [
+        "a red circle left of a blue square",
+        "a blue square left of a red circle",
+        "A  red circle left of a blue square!",
+    ]
+    vectors = HashedText.of(captions).vectors
+    assert vectors.shape == (3, 512)
+    assert np.linalg.norm(vectors, axis=1) == pytest.approx(np.ones(3))
+    assert vectors[0] @ vectors[1] < 0.95
+    assert vectors[0] @ vectors[2] == pytest.approx(1.0)
+    assert np.isfinite(HashedText.of(["!?", "🙂"]).vectors).all()
