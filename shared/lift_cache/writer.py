@@ -27,7 +27,7 @@ import pyarrow as pa
 
 from lift_cache import files
 from lift_cache.encoding import Encoding
-from lift_cache.errors import BadConfig, CacheDamaged, CacheNotFound, LiftError
+from lift_cache.errors import BadConfig, CacheDamaged, CacheFull, CacheNotFound, LiftError
 from lift_cache.keys import KEY_BYTES, key_of_normalised, normalise
 from lift_cache.live import LiveTier, SegmentRows
 from lift_cache.lock import WriterLock
@@ -414,7 +414,14 @@ class CacheWriter:
                 reason = f"it holds other vectors for {disagreeing} captions than were acknowledged"
                 self._quarantine(segment_id, reason)
                 continue
-            self._register(segment.info(), ())
+            try:
+                self._register(segment.info(), ())
+            except CacheFull:
+                if not self.contains(segment.keys()).all():
+                    raise
+                # A full disk must not keep what is here from being read; the next opening adopts it.
+                log.warning("segment %s is not adopted: the disk is full; its rows are in live/", segment_id)
+                continue
             adopted = True
             log.info("adopted segment %s: %d rows", segment_id, segment.rows)
         if adopted:
