@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable
 
 import numpy as np
@@ -10,6 +11,9 @@ import pytest
 from lift_cache.recipe import Recipe
 
 DIMENSIONS = 24
+
+# A shell that runs the suite in its background has it ignore Ctrl-C, and so would every program tested here.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture
