@@ -1,25 +1,170 @@
 """Writing a whole cache at once, without a live tier: sealed segments and a snapshot over them.
 
-Needs no LMDB, so it works wherever Arrow does: for imports, for text controls, and in tests.
+Needs no LMDB, so it works wherever Arrow does: for imports, conversions, text controls, and in tests.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import TracebackType
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
 from lift_cache import files
 from lift_cache.encoding import Encoding
-from lift_cache.errors import VectorRejected
+from lift_cache.errors import LiftError, VectorRejected
 from lift_cache.keys import KEY_BYTES, key_of_normalised, normalise
 from lift_cache.lock import WriterLock
 from lift_cache.recipe import Recipe
-from lift_cache.segment import StoredRows, row_checksums, write_segment
+from lift_cache.segment import (
+    SegmentInfo,
+    SegmentWriter,
+    StoredRows,
+    row_bytes,
+    row_checksums,
+)
 from lift_cache.snapshot import Snapshot, build_snapshot
+
+SEGMENT_BYTES = 1 << 29
+"""Bytes of vectors that are collected before they become a segment, where no number of rows is asked for."""
+
+
+class BulkWriter:
+    """A new cache, written from rows that are at hand.
+
+    Rows are durable when `finish` returns; a cache that was not finished has no snapshot.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        recipe: Recipe,
+        encoding: Encoding | None = None,
+        *,
+        segment_rows: int | None = None,
+        provenance: Sequence[dict[str, Any]] = (),
+    ) -> None:
+        """Begin.
+
+        Args:
+            path: a directory that is empty or does not exist.
+            encoding: float16 over all dimensions by default.
+            segment_rows: rows that become a segment; as many as make half a gigabyte by default.
+            provenance: what made the vectors, for the snapshot.
+
+        Raises:
+            BadConfig: the directory holds something already.
+            CacheFull, CacheLocked.
+        """
+        self.path, self.recipe = Path(path), recipe
+        self.encoding = encoding or Encoding(dimensions=recipe.dimensions)
+        self._segment_rows = segment_rows or max(1, SEGMENT_BYTES // row_bytes(self.encoding))
+        self._provenance = list(provenance)
+        self._waiting: list[StoredRows] = []
+        self._waiting_rows = 0
+        self._infos: list[SegmentInfo] = []
+        self._segments_dir = self.path / "segments"
+        files.refuse_other_content(self.path)
+        files.make_directory(self.path)
+        self._lock = WriterLock(self.path)
+        try:
+            files.refuse_other_content(self.path)
+            self.encoding.save(self.path / "encoding.json")
+            recipe.save(self.path / "recipe.json")
+            files.make_directory(self._segments_dir)
+        except BaseException:
+            self._lock.release()
+            raise
+
+    def __enter__(self) -> BulkWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._lock.release()
+
+    def add(
+        self,
+        captions: Sequence[str],
+        vectors: np.ndarray,
+        tokens: np.ndarray | None = None,
+        truncated: np.ndarray | None = None,
+    ) -> dict[int, str]:
+        """Add rows; of equal captions the first counts.
+
+        Args:
+            captions: n texts.
+            vectors: float32 [n, d].
+            tokens: int32 [n], zeros by default.
+            truncated: bool [n], False by default.
+
+        Returns:
+            Row → reason, for rows that cannot be stored.
+
+        Raises:
+            CacheFull, EncodingMismatch.
+        """
+        stored, bad = self.encoding.encode(np.asarray(vectors, np.float32))
+        texts, keys = [], np.zeros((len(captions), KEY_BYTES), np.uint8)
+        for row, caption in enumerate(captions):
+            try:
+                text = normalise(caption)
+            except LiftError as error:
+                bad.setdefault(row, str(error))
+                text = ""
+            else:
+                keys[row] = np.frombuffer(key_of_normalised(text), np.uint8)
+            texts.append(text)
+        good = np.array([row for row in range(len(texts)) if row not in bad], np.int64)
+        n = len(texts)
+        self.add_stored(
+            StoredRows(
+                keys,
+                stored,
+                np.zeros(n, np.int32) if tokens is None else np.asarray(tokens, np.int32),
+                np.zeros(n, bool) if truncated is None else np.asarray(truncated, bool),
+                row_checksums(keys, stored),
+                pa.array(texts, pa.large_string()),
+            ).take(good)
+        )
+        return bad
+
+    def add_stored(self, rows: StoredRows) -> None:
+        """Add rows in their stored form. Raises CacheFull."""
+        self._waiting.append(rows)
+        self._waiting_rows += len(rows)
+        if self._waiting_rows >= self._segment_rows:
+            self._write()
+
+    def finish(self, progress: Callable[[int], None] = lambda _: None) -> Snapshot:
+        """Write what is left and make the snapshot.
+
+        Args:
+            progress: called with the rows that were indexed.
+
+        Raises:
+            CacheFull.
+        """
+        self._write()
+        return build_snapshot(self.path, self.recipe, self.encoding, self._infos, self._provenance, progress)
+
+    def _write(self) -> None:
+        if not self._waiting_rows:
+            return
+        rows = StoredRows.concatenate(self._waiting)
+        _, first = np.unique(rows.keys.view("S16").ravel(), return_index=True)
+        for start in range(0, len(first), self._segment_rows):
+            # The order that `np.unique` found is the order of a segment.
+            with SegmentWriter(self._segments_dir, self.recipe, self.encoding) as segment:
+                segment.add(rows.take(first[start : start + self._segment_rows]))
+                self._infos.append(segment.finish())
+        self._waiting = []
+        self._waiting_rows = 0
 
 
 def write_cache(
@@ -31,9 +176,9 @@ def write_cache(
     tokens: np.ndarray | None = None,
     truncated: np.ndarray | None = None,
     *,
-    segment_rows: int = 65_536,
+    segment_rows: int | None = None,
 ) -> Snapshot:
-    """Create a cache from vectors that are at hand.
+    """Create a cache from vectors that are at hand, all of which can be stored.
 
     Args:
         path: a directory that is empty or does not exist.
@@ -48,35 +193,12 @@ def write_cache(
         BadConfig: the directory holds something already.
         CacheFull: no room.
     """
-    path = Path(path)
-    n = len(captions)
-    texts = [normalise(caption) for caption in captions]
-    stored, bad = encoding.encode(np.asarray(vectors, np.float32))
+    for caption in captions:
+        normalise(caption)
+    _, bad = encoding.encode(np.asarray(vectors, np.float32))
     if bad:
         row, reason = next(iter(bad.items()))
         raise VectorRejected(f"row {row}: {reason} ({len(bad)} such rows)")
-    files.refuse_other_content(path)
-    files.make_directory(path)
-    lock = WriterLock(path)
-    try:
-        files.refuse_other_content(path)
-        keys = np.frombuffer(b"".join(map(key_of_normalised, texts)), np.uint8).reshape(n, KEY_BYTES)
-        _, first = np.unique(keys, axis=0, return_index=True)
-        rows = StoredRows(
-            keys,
-            stored,
-            np.zeros(n, np.int32) if tokens is None else np.asarray(tokens, np.int32),
-            np.zeros(n, bool) if truncated is None else np.asarray(truncated, bool),
-            row_checksums(keys, stored),
-            pa.array(texts, pa.large_string()),
-        )
-        encoding.save(path / "encoding.json")
-        recipe.save(path / "recipe.json")
-        files.make_directory(path / "segments")
-        infos = [
-            write_segment(path / "segments", recipe, encoding, rows.take(first[start : start + segment_rows]))
-            for start in range(0, len(first), segment_rows)
-        ]
-        return build_snapshot(path, recipe, encoding, infos)
-    finally:
-        lock.release()
+    with BulkWriter(path, recipe, encoding, segment_rows=segment_rows) as writer:
+        writer.add(captions, vectors, tokens, truncated)
+        return writer.finish()

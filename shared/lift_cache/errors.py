@@ -43,6 +43,10 @@ class CacheFull(LiftError):
     """The disk under the cache has no room; nothing of the refused write was kept."""
 
 
+class StorageFailed(LiftError):
+    """The disk under the cache could not write or read; nothing of what failed was acknowledged."""
+
+
 class UnsupportedFormat(LiftError):
     """A file written by a newer version of this software."""
 

@@ -91,6 +91,24 @@ def free_bytes(path: Path) -> int:
     return room.f_bavail * room.f_frsize
 
 
+def require_room(path: Path, need: int, what: str) -> None:
+    """Compare the free space under an existing path with what a long piece of work is going to write.
+
+    Args:
+        need: bytes, as estimated.
+        what: the work, for the message ("a snapshot").
+
+    Raises:
+        CacheFull: begun, it could not be finished.
+    """
+    free = free_bytes(path)
+    if free < need:
+        raise CacheFull(
+            f"no space left for {what}: it needs about {need / 1e6:,.1f} MB under {path} and "
+            f"{free / 1e6:,.1f} MB are free; free some room first: nothing that was acknowledged is lost"
+        )
+
+
 @contextlib.contextmanager
 def room_for(path: Path) -> Iterator[None]:
     """Turn "no space left" anywhere inside into CacheFull."""
@@ -109,6 +127,30 @@ def write_atomic(path: Path, data: bytes) -> None:
         try:
             temporary.write_bytes(data)
             publish(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def link_or_copy(source: Path, final: Path) -> None:
+    """Give a file that never changes a second, durable name; copied where links are not to be had."""
+    temporary = temporary_name(final)
+    with room_for(final.parent):
+        try:
+            try:
+                os.link(source, temporary)
+            except OSError as error:
+                if error.errno not in (
+                    errno.EXDEV,
+                    errno.EPERM,
+                    errno.EMLINK,
+                    errno.EOPNOTSUPP,
+                    errno.EACCES,
+                ):
+                    raise
+                with source.open("rb") as reader, temporary.open("wb") as writer:
+                    while piece := reader.read(1 << 22):
+                        writer.write(piece)
+            publish(temporary, final)
         finally:
             temporary.unlink(missing_ok=True)
 

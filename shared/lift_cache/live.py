@@ -1,45 +1,63 @@
 """The live tier: one LMDB environment, private to the one writer.
 
-    fresh      batch number → the rows of one committed put, as one Arrow message
+    fresh      batch number → the rows of one committed group of puts: a checksum and one Arrow message
     batches    batch number → rows, tokens, truncated (so that counts need no decoding)
     index      caption key → where its row is: a fresh batch or a sealed segment
-    segments   segment number → SegmentInfo; position in this table is the order of precedence
-    counts     segment number → rows, tokens, truncated that no segment before it had
+    segments   segment number → SegmentInfo
+    counts     segment number → rows, tokens, truncated that the index finds there
+    pending    segment number → what is left to do of a registration that takes several transactions
+    retired    ids of segments that others have taken the place of: files that `gc` may remove
     meta       which cache this belongs to
 
 Everything here but the fresh rows can be rebuilt from the sealed segments.
+
+After a transaction that failed while it was written, nothing is known of what the disk holds: the environment
+is closed, opened again and compared with what was acknowledged before the next one begins.
 """
 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
+import logging
 import os
+import shutil
 import struct
-from collections.abc import Iterator, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import lmdb
 import numpy as np
 import pyarrow as pa
+import xxhash
+from pydantic import BaseModel
 
 from lift_cache import files
 from lift_cache.encoding import Encoding
-from lift_cache.errors import CacheDamaged, UnsupportedFormat
+from lift_cache.errors import CacheDamaged, StorageFailed, UnsupportedFormat
+from lift_cache.keys import KEY_BYTES
 from lift_cache.segment import (
     CAPTIONS_SCHEMA,
     SegmentInfo,
     StoredRows,
     binary_values,
     list_values,
-    row_checksums,
     vector_schema,
 )
 
-LIVE_VERSION = 1
+log = logging.getLogger(__name__)
+
+LIVE_VERSION = 2
 MAP_BYTES = 1 << 40
 """Address space reserved once and for all; the file itself grows only with what is written."""
+
+CHUNK_ROWS = 8_192
+"""Rows of a segment that one transaction puts into the index."""
+
+CHECKSUM_BYTES = 8
 
 NEARLY_FULL = 1 << 20
 """Free bytes below which a failed write is taken for a full disk."""
@@ -74,7 +92,9 @@ def lmdb_errors(path: Path) -> Iterator[None]:
         # A write that the disk takes only in part reaches us as an I/O error, not as a full disk.
         if "Input/output error" in str(error) and files.free_bytes(path) < NEARLY_FULL:
             raise files.no_room(path) from error
-        raise
+        raise StorageFailed(
+            f"{path}: {error}; nothing of this write was acknowledged. Look at the disk (`dmesg`), then try again"
+        ) from error
 
 
 @dataclass(frozen=True)
@@ -86,8 +106,24 @@ class SegmentRows:
     truncated: np.ndarray
 
 
+class _Pending(BaseModel):
+    """A registration under way.
+
+    Attributes:
+        done: rows of the segment that are in the index.
+        counts: rows, tokens, truncated of these that the index finds there.
+        replaced: segment numbers whose place it takes.
+        sealed: fresh batches whose rows it holds.
+    """
+
+    done: int = 0
+    counts: tuple[int, int, int] = (0, 0, 0)
+    replaced: tuple[int, ...] = ()
+    sealed: tuple[int, ...] = ()
+
+
 class LiveTier:
-    """LMDB transactions in the words of the cache. Not thread-safe for writes: the writer takes turns."""
+    """LMDB transactions in the words of the cache. Thread-safe."""
 
     def __init__(self, path: Path, fingerprint: str, encoding: Encoding, *, readonly: bool = False) -> None:
         """Open or create; `readonly` only opens, for a caller that holds the writer's lock all the same.
@@ -96,12 +132,42 @@ class LiveTier:
             CacheDamaged, CacheFull, UnsupportedFormat.
         """
         self.path = path
-        self._encoding = encoding
+        self._fingerprint, self._encoding, self._readonly = fingerprint, encoding, readonly
         self._schema = pa.schema([*vector_schema(encoding), CAPTIONS_SCHEMA.field("caption")])
-        if not readonly:
-            files.make_directory(path)
+        self._write_turn = threading.Lock()
+        self._gate = threading.Condition()
+        self._readers = 0
+        self._suspect = False
+        if not readonly and not (path / "data.mdb").exists():
+            self._create()
+        self._open(path)
+        # What was acknowledged, to compare with after a failure: fresh batches, and segments.
+        self._acknowledged = set(self.fresh_numbers())
+        self._registered = {number: info.id for number, info in self.registry().items()}
+
+    def _create(self) -> None:
+        """Make the environment under another name: LMDB writes its first pages without a sync, and a power loss
+        before the first commit would leave a file that it cannot open."""
+        temporary = files.temporary_name(self.path)
+        with files.room_for(self.path.parent):
+            try:
+                files.make_directory(temporary)
+                self._open(temporary)
+                self.close()
+                files.sync_file(temporary / "data.mdb")
+                files.sync_directory(temporary)
+                files.share_with_group(temporary)
+                if self.path.is_dir():  # emptied by hand
+                    (self.path / "lock.mdb").unlink(missing_ok=True)
+                temporary.rename(self.path)
+                files.sync_directory(self.path.parent)
+            finally:
+                shutil.rmtree(temporary, ignore_errors=True)
+
+    def _open(self, path: Path) -> None:
+        readonly = self._readonly
         with lmdb_errors(path):
-            self.env = lmdb.open(
+            self._env = lmdb.open(
                 os.fspath(path),
                 map_size=MAP_BYTES,
                 max_dbs=8,
@@ -111,29 +177,37 @@ class LiveTier:
                 lock=not readonly,
             )
             try:
-                self._fresh, self._batches, self._index, self._segments, self._counts, self._meta = (
-                    self.env.open_db(name, create=not readonly)
-                    for name in (b"fresh", b"batches", b"index", b"segments", b"counts", b"meta")
+                self._meta = self._env.open_db(b"meta", create=not readonly)
+                self._claim()
+                self._fresh, self._batches, self._index, self._segments, self._counts = (
+                    self._env.open_db(name, create=not readonly)
+                    for name in (b"fresh", b"batches", b"index", b"segments", b"counts")
                 )
-                self._claim(fingerprint, readonly)
-                if not readonly:
-                    files.sync_directory(path)  # the data file's name must be as durable as its content
+                self._pending, self._retired = (
+                    self._env.open_db(name, create=not readonly) for name in (b"pending", b"retired")
+                )
             except BaseException:
-                self.env.close()
+                self._env.close()
                 raise
 
-    def _claim(self, fingerprint: str, readonly: bool) -> None:
-        ours = {"version": LIVE_VERSION, "fingerprint": fingerprint, "encoding": self._encoding.digest}
-        with self.env.begin(write=not readonly) as txn:
+    def _claim(self) -> None:
+        ours = {
+            "version": LIVE_VERSION,
+            "fingerprint": self._fingerprint,
+            "encoding": self._encoding.digest,
+        }
+        with self._env.begin(write=not self._readonly) as txn:
             found = txn.get(b"cache", db=self._meta)
-            if found is None and not readonly:
+            if found is None and not self._readonly:
                 txn.put(b"cache", json.dumps(ours).encode(), db=self._meta)
                 return
-            known = json.loads(bytes(found or b"null"))
-        if known and known["version"] > LIVE_VERSION:
+            known = json.loads(found or b"null")
+        if known and known["version"] != LIVE_VERSION:
+            newer = known["version"] > LIVE_VERSION
             raise UnsupportedFormat(
                 f"{self.path} has version {known['version']}; this software reads {LIVE_VERSION}: "
-                "update it, or run `lift-cache seal` with the version that wrote it"
+                + ("update it, or " if newer else "")
+                + "run `lift-cache seal` with the version that wrote it, then move that directory away"
             )
         if known != ours:
             raise CacheDamaged(
@@ -141,44 +215,134 @@ class LiveTier:
             )
 
     def close(self) -> None:
-        self.env.close()
+        """Wait for readers, then close."""
+        with self._gate:
+            self._gate.wait_for(lambda: not self._readers)
+            self._env.close()
+
+    @contextlib.contextmanager
+    def _reading(self) -> Iterator[None]:
+        """Keep the environment open; never inside another, since reopening waits for all to end."""
+        with self._gate:
+            self._readers += 1
+        try:
+            with lmdb_errors(self.path):
+                yield
+        finally:
+            with self._gate:
+                self._readers -= 1
+                self._gate.notify_all()
+
+    @contextlib.contextmanager
+    def _read(self) -> Iterator[lmdb.Transaction[bytes]]:
+        """A read transaction."""
+        with self._reading(), self._env.begin() as txn:
+            yield txn
+
+    @contextlib.contextmanager
+    def _fresh_value(self, batch: int) -> Iterator[memoryview | None]:
+        """The bytes of a batch where they lie in the map."""
+        with self._reading(), self._env.begin(buffers=True) as txn:
+            yield txn.get(_NUMBER.pack(batch), db=self._fresh)
+
+    @contextlib.contextmanager
+    def _write(self) -> Iterator[lmdb.Transaction[bytes]]:
+        """A durable transaction; the next one after a failure begins with a check of what the disk holds."""
+        with self._write_turn:
+            if self._suspect:
+                self._reopen()
+            try:
+                with lmdb_errors(self.path), self._env.begin(write=True) as txn:
+                    yield txn
+            except BaseException:
+                self._suspect = True
+                raise
+
+    def _reopen(self) -> None:
+        """Raises CacheDamaged: something that was acknowledged is not there any more."""
+        with self._gate:
+            self._gate.wait_for(lambda: not self._readers)
+            self._env.close()
+            with contextlib.suppress(OSError):
+                _forget_pages(self.path / "data.mdb")
+            self._open(self.path)
+        missing = {n: i for n, i in self._registered.items() if n not in self.registry()}
+        if missing:
+            raise CacheDamaged(
+                f"{self.path} has lost {len(missing)} sealed segments after a failed write; restart the writer"
+            )
+        for number in self._acknowledged:
+            if self.require_fresh(number) is None:
+                raise CacheDamaged(
+                    f"{self.path} has lost batch {number} after a failed write; run `lift-cache verify`"
+                )
+        # A failed commit may have reached the disk all the same: what it wrote is there, and stays.
+        self._acknowledged = set(self.fresh_numbers())
+        self._registered = {number: info.id for number, info in self.registry().items()}
+        self._suspect = False
+        log.warning("%s was reopened after a failed write; all that was acknowledged is there", self.path)
 
     # Reading
 
     def locations(self, keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Where keys (uint8 [n, 16]) are: found bool [n], and locations (LOCATION_DTYPE [n])."""
-        found = np.zeros(len(keys), bool)
+        with self._read() as txn:
+            return self._locations(txn, keys)
+
+    def _locations(self, txn: lmdb.Transaction[bytes], keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         locations = np.zeros(len(keys), LOCATION_DTYPE)
-        names = [key.tobytes() for key in keys]
-        with self.env.begin() as txn, txn.cursor(db=self._index) as cursor:
+        data = keys.tobytes()
+        names = [data[at : at + KEY_BYTES] for at in range(0, len(data), KEY_BYTES)]
+        with txn.cursor(db=self._index) as cursor:
             there = dict(cursor.getmulti(names))
-        for i, name in enumerate(names):
-            value = there.get(name)
-            if value is not None:
-                found[i] = True
-                locations[i] = LOCATION.unpack(value)
+        found = np.fromiter((name in there for name in names), bool, len(names))
+        values = b"".join(there[name] for name in names if name in there)
+        if len(values) != LOCATION.size * int(found.sum()):
+            raise CacheDamaged(f"{self.path} has an index that cannot be read; run `lift-cache verify`")
+        locations[found] = np.frombuffer(values, LOCATION_DTYPE)
         return found, locations
 
-    def fresh_rows(self, batch: int) -> StoredRows | None:
-        """One committed batch, copied out of the map; None when it has been sealed in the meantime."""
-        with self.env.begin(buffers=True) as txn:
-            value = txn.get(_NUMBER.pack(batch), db=self._fresh)
-            return None if value is None else self._decode(bytes(value), batch)
+    def fresh_rows(self, batch: int, rows: np.ndarray | None = None) -> StoredRows | None:
+        """Rows of one committed batch (int64 [n]; all of them by default), copied out of the map.
+
+        Returns None when the batch has been sealed in the meantime.
+        """
+        with self._fresh_value(batch) as value:
+            if value is None:
+                return None
+            whole = self._decode(value, batch)
+            try:
+                return whole.take(np.arange(len(whole)) if rows is None else rows)
+            except IndexError:
+                raise CacheDamaged(
+                    f"{self.path}: batch {batch} lacks rows; run `lift-cache verify`"
+                ) from None
 
     def require_fresh(self, batch: int) -> StoredRows | None:
-        """As `fresh_rows`, every checksum verified. Raises CacheDamaged."""
-        rows = self.fresh_rows(batch)
-        if rows is not None and not np.array_equal(row_checksums(rows.keys, rows.vectors), rows.checksums):
-            raise CacheDamaged(f"{self.path}: batch {batch} fails its checksums; run `lift-cache verify`")
-        return rows
+        """As `fresh_rows`, every byte verified. Raises CacheDamaged."""
+        with self._fresh_value(batch) as value:
+            if value is None:
+                return None
+            if xxhash.xxh3_64_digest(value[CHECKSUM_BYTES:]) != bytes(value[:CHECKSUM_BYTES]):
+                raise CacheDamaged(f"{self.path}: batch {batch} fails its checksum; run `lift-cache verify`")
+            whole = self._decode(value, batch)
+            return whole.take(np.arange(len(whole)))
 
     def fresh_numbers(self) -> list[int]:
-        with self.env.begin() as txn, txn.cursor(db=self._batches) as cursor:
+        with self._read() as txn, txn.cursor(db=self._batches) as cursor:
             return [_NUMBER.unpack(name)[0] for name in cursor.iternext(keys=True, values=False)]
 
     def fresh_counts(self) -> tuple[int, int, int]:
         """Rows, tokens and truncated captions that are not sealed yet."""
         return self._sum(self._batches)
+
+    def fresh_bytes(self) -> int:
+        """Bytes of the rows that are not sealed yet."""
+        total = 0
+        for number in self.fresh_numbers():
+            with self._fresh_value(number) as value:
+                total += len(value or b"")
+        return total
 
     def sealed_counts(self) -> tuple[int, int, int]:
         """Rows, tokens and truncated captions that are sealed; a caption in two segments counts once."""
@@ -186,7 +350,7 @@ class LiveTier:
 
     def _sum(self, db: lmdb._Database) -> tuple[int, int, int]:
         rows = tokens = truncated = 0
-        with self.env.begin() as txn, txn.cursor(db=db) as cursor:
+        with self._read() as txn, txn.cursor(db=db) as cursor:
             for value in cursor.iternext(keys=False, values=True):
                 more = _COUNTS.unpack(value)
                 rows, tokens, truncated = rows + more[0], tokens + more[1], truncated + more[2]
@@ -194,51 +358,158 @@ class LiveTier:
 
     def rows(self) -> int:
         """Distinct captions."""
-        with self.env.begin() as txn:
+        with self._read() as txn:
             return int(txn.stat(self._index)["entries"])
 
     def registry(self) -> dict[int, SegmentInfo]:
         """Segment number → segment, in the order of registration."""
-        with self.env.begin() as txn, txn.cursor(db=self._segments) as cursor:
+        with self._read() as txn, txn.cursor(db=self._segments) as cursor:
             return {_NUMBER.unpack(name)[0]: SegmentInfo.model_validate_json(value) for name, value in cursor}
 
-    # Writing: each is one durable transaction
+    def pending(self) -> list[int]:
+        """Segments whose registration is not finished."""
+        with self._read() as txn, txn.cursor(db=self._pending) as cursor:
+            return [_NUMBER.unpack(name)[0] for name in cursor.iternext(keys=True, values=False)]
 
-    def put(self, rows: StoredRows) -> int:
-        """Commit rows none of which is in the index; returns the number of the batch."""
-        with lmdb_errors(self.path), self.env.begin(write=True) as txn:
-            number = 1 + max(self._last(txn, self._batches), self._meta_number(txn))
+    def retired(self) -> set[str]:
+        """Ids of segments that others have taken the place of."""
+        with self._read() as txn, txn.cursor(db=self._retired) as cursor:
+            return {name.decode() for name in cursor.iternext(keys=True, values=False)}
+
+    def index_items(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """The whole index, ascending, some at a time: keys uint8 [n, 16], locations (LOCATION_DTYPE [n])."""
+        after = b""
+        while True:
+            with self._read() as txn, txn.cursor(db=self._index) as cursor:
+                there = cursor.set_range(after) if after else cursor.first()
+                items = list(itertools.islice(cursor.iternext(), CHUNK_ROWS)) if there else []
+            if not items:
+                return
+            keys = np.frombuffer(b"".join(key for key, _ in items), np.uint8).reshape(-1, KEY_BYTES)
+            yield keys, np.frombuffer(b"".join(value for _, value in items), LOCATION_DTYPE)
+            after = items[-1][0] + b"\0"
+
+    # Writing: each is one durable transaction, but `register`, which is taken up again where it was cut off
+
+    def put(self, rows: StoredRows) -> np.ndarray:
+        """Commit rows of distinct keys as one batch; those that are in the index already are left out.
+
+        Returns:
+            Which were stored: bool [n].
+        """
+        if self.locations(rows.keys)[0].all():
+            return np.zeros(len(rows), bool)
+        with self._write() as txn:
+            new = ~self._locations(txn, rows.keys)[0]
+            if not new.any():
+                return new
+            rows = rows if new.all() else rows.take(np.flatnonzero(new))
+            number = 1 + max(self._last(txn, self._batches), self._meta_number(txn, b"last-batch"))
             name = _NUMBER.pack(number)
             txn.put(name, self._encode(rows), db=self._fresh, append=True)
-            counts = _COUNTS.pack(len(rows), int(rows.tokens.sum()), int(rows.truncated.sum()))
+            counts = _COUNTS.pack(len(rows), int(rows.tokens.sum(dtype=np.int64)), int(rows.truncated.sum()))
             txn.put(name, counts, db=self._batches, append=True)
             txn.put(b"last-batch", name, db=self._meta)
             items = [(key.tobytes(), LOCATION.pack(0, row, number)) for row, key in enumerate(rows.keys)]
             with txn.cursor(db=self._index) as cursor:
                 cursor.putmulti(items)
-        return number
+        self._acknowledged.add(number)
+        return new
 
-    def register(self, info: SegmentInfo, rows: SegmentRows, sealed: Sequence[int]) -> int:
-        """Make a sealed segment part of the cache; a key that another segment has stays with it.
+    def register(
+        self,
+        info: SegmentInfo,
+        rows_at: Callable[[int, int], SegmentRows],
+        announce: Callable[[int], None],
+        *,
+        sealed: Sequence[int] = (),
+        replaced: Sequence[int] = (),
+    ) -> None:
+        """Make a sealed segment part of the cache; a key that another segment has stays with that one.
 
         Args:
-            rows: what the segment holds, in its order.
-            sealed: fresh batches whose rows it holds; they are dropped in the same transaction.
+            rows_at: rows start … stop of the segment.
+            announce: told the segment's number before anything points at it.
+            sealed: fresh batches whose rows it holds; they are dropped.
+            replaced: segments all of whose rows it holds; they are retired.
         """
-        found, locations = self.locations(rows.keys)
-        new = np.flatnonzero(~(found & (locations["segment"] != 0)))
-        counts = (len(new), int(rows.tokens[new].sum()), int(rows.truncated[new].sum()))
-        with lmdb_errors(self.path), self.env.begin(write=True) as txn:
-            number = 1 + self._last(txn, self._segments)
+        with self._write() as txn:
+            number = 1 + max(self._last(txn, self._segments), self._meta_number(txn, b"last-segment"))
+            announce(number)
             name = _NUMBER.pack(number)
             txn.put(name, info.model_dump_json().encode(), db=self._segments, append=True)
-            txn.put(name, _COUNTS.pack(*counts), db=self._counts, append=True)
-            with txn.cursor(db=self._index) as cursor:
-                cursor.putmulti([(rows.keys[i].tobytes(), LOCATION.pack(number, i, 0)) for i in new.tolist()])
-            for batch in sealed:
-                txn.delete(_NUMBER.pack(batch), db=self._fresh)
-                txn.delete(_NUMBER.pack(batch), db=self._batches)
-        return number
+            txn.put(b"last-segment", name, db=self._meta)
+            pending = _Pending(replaced=tuple(replaced), sealed=tuple(sealed))
+            finished = self._advance(txn, number, info, pending, rows_at)
+        self._registered[number] = info.id
+        if not finished:
+            self.resume(number, info, rows_at)
+        self._acknowledged.difference_update(sealed)
+        for old in replaced:
+            self._registered.pop(old, None)
+
+    def resume(self, number: int, info: SegmentInfo, rows_at: Callable[[int, int], SegmentRows]) -> None:
+        """Finish a registration, a transaction for every `CHUNK_ROWS` rows, so that puts find their turn."""
+        finished = False
+        while not finished:
+            with self._write() as txn:
+                value = txn.get(_NUMBER.pack(number), db=self._pending)
+                pending = _Pending.model_validate_json(value or b"")
+                finished = self._advance(txn, number, info, pending, rows_at)
+
+    def _advance(
+        self,
+        txn: lmdb.Transaction[bytes],
+        number: int,
+        info: SegmentInfo,
+        pending: _Pending,
+        rows_at: Callable[[int, int], SegmentRows],
+    ) -> bool:
+        """Point the index at the next rows; after the last, drop what they take the place of."""
+        stop = min(pending.done + CHUNK_ROWS, info.rows)
+        rows = rows_at(pending.done, stop)
+        found, locations = self._locations(txn, rows.keys)
+        elsewhere = found & (locations["segment"] != 0) & (locations["segment"] != number)
+        mine = np.flatnonzero(~(elsewhere & ~np.isin(locations["segment"], pending.replaced)))
+        items = [(rows.keys[i].tobytes(), LOCATION.pack(number, pending.done + i, 0)) for i in mine.tolist()]
+        with txn.cursor(db=self._index) as cursor:
+            cursor.putmulti(items)
+        more = (len(mine), int(rows.tokens[mine].sum(dtype=np.int64)), int(rows.truncated[mine].sum()))
+        counts = (
+            pending.counts[0] + more[0],
+            pending.counts[1] + more[1],
+            pending.counts[2] + more[2],
+        )
+        name = _NUMBER.pack(number)
+        if stop < info.rows:
+            left = pending.model_copy(update={"done": stop, "counts": counts})
+            txn.put(name, left.model_dump_json().encode(), db=self._pending)
+            return False
+        txn.delete(name, db=self._pending)
+        txn.put(name, _COUNTS.pack(*counts), db=self._counts)
+        for batch in pending.sealed:
+            txn.delete(_NUMBER.pack(batch), db=self._fresh)
+            txn.delete(_NUMBER.pack(batch), db=self._batches)
+        for old in pending.replaced:
+            gone = txn.get(_NUMBER.pack(old), db=self._segments)
+            if gone is not None:
+                txn.put(SegmentInfo.model_validate_json(gone).id.encode(), b"", db=self._retired)
+            txn.delete(_NUMBER.pack(old), db=self._segments)
+            txn.delete(_NUMBER.pack(old), db=self._counts)
+        txn.delete(info.id.encode(), db=self._retired)
+        return True
+
+    def retire(self, ids: Sequence[str]) -> None:
+        """Remember segments that are not registered because others hold all of their rows."""
+        with self._write() as txn:
+            for segment_id in ids:
+                txn.put(segment_id.encode(), b"", db=self._retired)
+
+    def forget_retired(self, ids: Sequence[str]) -> None:
+        """Their files are gone."""
+        with self._write() as txn:
+            for segment_id in ids:
+                txn.delete(segment_id.encode(), db=self._retired)
 
     def drop_sealed_batches(self) -> int:
         """Drop fresh batches no row of which the index points at; returns how many."""
@@ -248,41 +519,54 @@ class LiveTier:
             assert rows is not None
             found, locations = self.locations(rows.keys)
             if not (found & (locations["segment"] == 0) & (locations["batch"] == batch)).any():
-                with lmdb_errors(self.path), self.env.begin(write=True) as txn:
+                with self._write() as txn:
                     txn.delete(_NUMBER.pack(batch), db=self._fresh)
                     txn.delete(_NUMBER.pack(batch), db=self._batches)
+                self._acknowledged.discard(batch)
                 dropped += 1
         return dropped
 
-    def _last(self, txn: lmdb.Transaction, db: lmdb._Database) -> int:
+    def _last(self, txn: lmdb.Transaction[bytes], db: lmdb._Database) -> int:
         with txn.cursor(db=db) as cursor:
             return int(_NUMBER.unpack(cursor.key())[0]) if cursor.last() else 0
 
-    def _meta_number(self, txn: lmdb.Transaction) -> int:
-        # Batch numbers are never used twice: a reader that looked up a batch which was sealed meanwhile must
-        # find nothing under its number, not another batch.
-        value = txn.get(b"last-batch", db=self._meta)
+    def _meta_number(self, txn: lmdb.Transaction[bytes], name: bytes) -> int:
+        # Numbers are never used twice: who looked up a batch or segment that was replaced meanwhile must find
+        # nothing under its number, not another one.
+        value = txn.get(name, db=self._meta)
         return 0 if value is None else int(_NUMBER.unpack(value)[0])
 
-    def _encode(self, rows: StoredRows) -> pa.Buffer:
+    def _encode(self, rows: StoredRows) -> bytes:
         assert rows.captions is not None
         vectors = rows.vector_batch(vector_schema(self._encoding))
         batch = pa.RecordBatch.from_arrays([*vectors.columns, rows.captions], schema=self._schema)
-        return batch.serialize()
+        message = memoryview(batch.serialize())
+        return b"".join((xxhash.xxh3_64_digest(message), message))
 
-    def _decode(self, data: bytes, number: int) -> StoredRows:
+    def _decode(self, value: memoryview, number: int) -> StoredRows:
+        """Rows that still point into the map."""
         try:
-            batch = pa.ipc.read_record_batch(pa.py_buffer(data), self._schema)
-            batch.validate(full=True)
-        except (OSError, pa.ArrowException) as error:
+            batch = pa.ipc.read_record_batch(pa.py_buffer(value[CHECKSUM_BYTES:]), self._schema)
+            batch.validate()
+            return StoredRows(
+                binary_values(batch.column(0)),
+                list_values(batch.column(1), self._encoding.dimensions),
+                batch.column(2).to_numpy(),
+                batch.column(3).to_numpy(zero_copy_only=False),
+                batch.column(4).to_numpy(),
+                batch.column(5),
+            )
+        except (OSError, ValueError, pa.ArrowException) as error:
             raise CacheDamaged(
                 f"{self.path}: batch {number} cannot be read ({error}); run `lift-cache verify`"
             ) from None
-        return StoredRows(
-            binary_values(batch.column(0)),
-            list_values(batch.column(1), self._encoding.dimensions),
-            batch.column(2).to_numpy(),
-            batch.column(3).to_numpy(zero_copy_only=False),
-            batch.column(4).to_numpy(),
-            batch.column(5),
-        )
+
+
+def _forget_pages(path: Path) -> None:
+    """Have the next read of a file come from the disk, not from pages that may never have got there."""
+    if hasattr(os, "posix_fadvise"):
+        fd = os.open(path, os.O_RDONLY)
+        try:
+            os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+        finally:
+            os.close(fd)

@@ -8,17 +8,17 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 
 from lift_cache.encoding import Encoding
 from lift_cache.errors import CacheDamaged, CacheNotFound
-from lift_cache.keys import KEY_BYTES, halves
+from lift_cache.flatmap import FlatMap, Unplaceable
+from lift_cache.index import OpenIndex, merged_ranges
+from lift_cache.keys import KEY_BYTES
 from lift_cache.recipe import Recipe
-from lift_cache.segment import Segment
+from lift_cache.segment import Segment, StoredRows
 from lift_cache.snapshot import find_snapshot, load_manifest, split_location
 
 
@@ -49,15 +49,6 @@ class CacheReader:
     def _open(self, wanted: str | None) -> None:
         self.snapshot_id = find_snapshot(self.path, wanted)
         self.manifest = load_manifest(self.path, self.snapshot_id)
-        directory = self.path / "snapshots" / self.snapshot_id
-        index = _read_batch(directory / "index.arrow", self.manifest.index.size)
-        self._high, self._low, self._segment, self._row = (
-            index.column(name).to_numpy() for name in ("key_high", "key_low", "segment", "row")
-        )
-        self._first = _read_batch(directory / "prefix.arrow", self.manifest.prefix.size).column(0).to_numpy()
-        self._shift = np.uint64(64 - self.manifest.prefix_bits)
-        # A bisection needs as many halvings as the fullest bucket has bits.
-        self._halvings = int(np.diff(self._first).max(initial=0)).bit_length() if len(self._first) > 1 else 0
         self._segments: list[Segment] = []
         for info in self.manifest.segments:
             path = self.path / "segments" / f"{info.id}.arrow"
@@ -67,9 +58,47 @@ class CacheReader:
                     "restore it from a copy of the cache"
                 )
             segment = Segment(self.path / "segments", info.id)
-            self.manifest.recipe.require_same(segment.recipe, here=self.snapshot_id, there=path.name)
+            if segment.fingerprint != self.manifest.fingerprint:
+                self.manifest.recipe.require_same(segment.recipe, here=self.snapshot_id, there=path.name)
             self.manifest.encoding.require_same(segment.encoding, here=self.snapshot_id, there=path.name)
             self._segments.append(segment)
+        directory = self.path / "snapshots" / self.snapshot_id
+        if self.manifest.index:
+            self._index = [OpenIndex.open(directory, k, part) for k, part in enumerate(self.manifest.index)]
+            numbers = {segment.id: number for number, segment in enumerate(self._segments)}
+            self._numbers = [
+                np.array([numbers[segment_id] for segment_id in part.segments], np.int64)
+                for part in self.manifest.index
+            ]
+        else:  # format 1, whose index had other columns
+            self._index = [OpenIndex.over(self._segments)]
+            self._numbers = [np.arange(len(self._segments))]
+        self._starts = np.cumsum([0, *(part.rows for part in self._index)])
+        if self._starts[-1] != self.manifest.rows:
+            raise CacheDamaged(f"{directory} has other rows than its manifest says; make a new snapshot")
+        self._map()
+
+    def _map(self) -> None:
+        """Map keys and vectors of all segments into one array each, so that a gather is one `take`."""
+        self._keys = self._vectors = None
+        try:
+            self._keys = FlatMap(
+                [extent for segment in self._segments for extent in segment.key_extents()],
+                KEY_BYTES,
+                random=True,
+            )
+            self._vectors = FlatMap(
+                [extent for segment in self._segments for extent in segment.vector_extents()],
+                self.dimensions * self.encoding.numpy_dtype.itemsize,
+                random=True,
+            )
+        except Unplaceable:  # segments of format 1: they are read one by one
+            self._keys = self._vectors = None
+        batches = [len(segment.key_extents()) for segment in self._segments]
+        self._first_batch = np.cumsum([0, *batches])[:-1]
+        self._segment_rows = np.array([segment.rows for segment in self._segments], np.int64)
+        self._batch_rows = np.array([segment.batch_rows for segment in self._segments], np.int64)
+        self._one_batch_each = all(count == 1 for count in batches)
 
     @property
     def recipe(self) -> Recipe:
@@ -107,34 +136,24 @@ class CacheReader:
         Returns:
             int64 [n].
         """
-        if not len(self._high) or not len(keys):
-            return np.full(len(keys), -1, np.int64)
-        high, low = halves(keys)
-        bucket = (high >> self._shift).astype(np.int64)
-        left = self._first[bucket].astype(np.int64)
-        end = self._first[bucket + 1].astype(np.int64)
-        right = end.copy()
-        last = len(self._high) - 1
-        for _ in range(self._halvings):
-            middle = (left + right) >> 1
-            before = (left < right) & (self._high[np.minimum(middle, last)] < high)
-            left = np.where(before, middle + 1, left)
-            right = np.where(before, right, middle)
-        # Keys that share their first 64 bits stand side by side: step over those with another second half.
-        at = np.minimum(left, last)
-        step = (left < end) & (self._high[at] == high) & (self._low[at] < low)
-        while step.any():
-            left = left + step
-            at = np.minimum(left, last)
-            step = (left < end) & (self._high[at] == high) & (self._low[at] < low)
-        found = (left < end) & (self._high[at] == high) & (self._low[at] == low)
-        return np.where(found, left, -1)
+        rows = self._index[0].lookup(keys)
+        for part, start in zip(self._index[1:], self._starts[1:], strict=False):
+            missing = np.flatnonzero(rows < 0)
+            if not len(missing):
+                break
+            found = part.lookup(keys[missing])
+            rows[missing] = np.where(found < 0, -1, found + start)
+        return rows
 
     def keys(self, rows: np.ndarray) -> np.ndarray:
         """Keys of rows: uint8 [n, 16]. Raises IndexError: a row outside the snapshot, such as -1."""
         rows = self._within(rows)
-        pair = np.stack([self._high[rows], self._low[rows]], axis=1).astype(">u8")
-        return pair.view(np.uint8).reshape(-1, KEY_BYTES)
+        if len(self._index) == 1:
+            return self._index[0].keys(rows)
+        out = np.empty((len(rows), KEY_BYTES), np.uint8)
+        for k, here in self._by_part(rows):
+            out[here] = self._index[k].keys(rows[here] - self._starts[k])
+        return out
 
     def gather(self, rows: np.ndarray, *, check: bool = False) -> np.ndarray:
         """Stored vectors of rows, each compared with the key that the index has for it.
@@ -151,12 +170,23 @@ class CacheReader:
             IndexError: a row outside the snapshot.
         """
         keys = self.keys(rows)
-        where = self._row[rows].astype(np.int64)
-        if len(self._segments) == 1:
-            return self._segments[0].gather(keys, where, check=check)
-        out = np.empty((len(rows), self.dimensions), self.encoding.numpy_dtype)
-        for segment, here in self._by_segment(rows):
-            out[here] = segment.gather(keys[here], where[here], check=check)
+        segment, row = self._locate(rows)
+        if self._keys is not None and self._vectors is not None and not check:
+            batch = self._first_batch.take(segment)
+            if not self._one_batch_each:
+                in_batch = self._batch_rows.take(segment)
+                batch = batch + row // in_batch
+                row = row % in_batch
+            held = self._keys.take(self._keys.first.take(batch) + row, np.uint64)
+            if not np.array_equal(held, keys.view(np.uint64)):
+                raise CacheDamaged(
+                    f"{self.path}: segments hold other keys than snapshot {self.snapshot_id} says; "
+                    "run `lift-cache verify`"
+                )
+            return self._vectors.take(self._vectors.first.take(batch) + row, self.encoding.numpy_dtype)
+        out = np.empty((len(segment), self.dimensions), self.encoding.numpy_dtype)
+        for one, here in self._by_segment(segment):
+            out[here] = one.gather(keys[here], row[here], check=check)
         return out
 
     def tokens(self, rows: np.ndarray) -> np.ndarray:
@@ -170,23 +200,42 @@ class CacheReader:
     def captions(self, rows: np.ndarray) -> list[str]:
         """Caption texts of rows. Raises CacheDamaged where the copy was made without captions."""
         keys = self.keys(rows)
-        out = np.empty(len(rows), object)
-        where = self._row[rows].astype(np.int64)
-        for segment, here in self._by_segment(rows):
-            out[here] = segment.captions(keys[here], where[here])
+        segment, row = self._locate(rows)
+        out = np.empty(len(segment), object)
+        for one, here in self._by_segment(segment):
+            out[here] = one.captions(keys[here], row[here])
         return out.tolist()
 
     def iter_keys(self, batch: int = 65_536) -> Iterator[np.ndarray]:
         """All keys in ascending order, uint8 [m, 16] at a time, m at most `batch`."""
+        if len(self._index) > 1:
+            for part in merged_ranges(self._segments):
+                for start in range(0, len(part.keys), batch):
+                    yield part.keys[start : start + batch]
+            return
         for start in range(0, self.rows, batch):
             yield self.keys(np.arange(start, min(start + batch, self.rows)))
 
+    def iter_rows(self, batch: int = 8_192, *, captions: bool = False) -> Iterator[StoredRows]:
+        """Every row once, in the order of storage, every checksum verified; at most `batch` rows at a time.
+
+        Raises:
+            CacheDamaged: bytes that are not those that were written, or captions that are not here.
+        """
+        repeated = sum(segment.rows for segment in self._segments) != self.rows
+        for number, segment in enumerate(self._segments):
+            for start in range(0, segment.rows, batch):
+                rows = segment.slice(start, min(start + batch, segment.rows), captions=captions)
+                if repeated:  # a caption that two segments hold: the index names one of them
+                    named, _ = self._locate(self.lookup(rows.keys))
+                    rows = rows.take(np.flatnonzero(named == number))
+                yield rows
+
     def _column(self, name: str, rows: np.ndarray, dtype: Any) -> np.ndarray:
-        rows = self._within(rows)
-        out = np.empty(len(rows), dtype)
-        where = self._row[rows].astype(np.int64)
-        for segment, here in self._by_segment(rows):
-            out[here] = segment.column(name, where[here])
+        segment, row = self._locate(rows)
+        out = np.empty(len(segment), dtype)
+        for one, here in self._by_segment(segment):
+            out[here] = one.column(name, row[here])
         return out
 
     def _within(self, rows: np.ndarray) -> np.ndarray:
@@ -195,17 +244,38 @@ class CacheReader:
             raise IndexError(f"rows must be in 0 … {self.rows - 1}; look missing captions up first")
         return rows
 
-    def _by_segment(self, rows: np.ndarray) -> Iterator[tuple[Segment, np.ndarray]]:
-        """The segments that hold the rows, each with a mask over `rows`."""
-        number = self._segment[rows]
-        for n in np.unique(number).tolist():
-            yield self._segments[n], number == n
+    def _locate(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Segment and row within it of each row: int64 [n], int64 [n]."""
+        rows = self._within(rows)
+        if len(self._index) == 1:
+            segment, row = self._index[0].locations(rows)
+            segment = self._numbers[0].take(segment, mode="clip")
+        else:
+            segment, row = np.empty(len(rows), np.int64), np.empty(len(rows), np.int64)
+            for k, here in self._by_part(rows):
+                number, row[here] = self._index[k].locations(rows[here] - self._starts[k])
+                segment[here] = self._numbers[k].take(number, mode="clip")
+        if not len(self._segments):
+            return segment, row
+        if (row >= self._segment_rows.take(segment)).any():  # a damaged index must not lead into a gap
+            raise CacheDamaged(
+                f"{self.path}: the index of snapshot {self.snapshot_id} points outside of its segments; "
+                "run `lift-cache verify`"
+            )
+        return segment, row
 
+    def _by_part(self, rows: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
+        """Parts of the index that have some of the rows, each with positions in `rows`."""
+        part = np.searchsorted(self._starts, rows, side="right") - 1
+        for k in range(len(self._index)):
+            here = np.flatnonzero(part == k)
+            if len(here):
+                yield k, here
 
-def _read_batch(path: Path, size: int) -> pa.RecordBatch:
-    try:
-        if path.stat().st_size != size:
-            raise CacheDamaged(f"{path} is not {size} bytes long; make a new snapshot")
-        return pa.ipc.open_file(pa.memory_map(str(path), "r")).get_batch(0)
-    except (OSError, pa.ArrowException) as error:
-        raise CacheDamaged(f"{path} cannot be read ({error}); make a new snapshot") from None
+    def _by_segment(self, segment: np.ndarray) -> Iterator[tuple[Segment, np.ndarray]]:
+        """The segments that are asked for, each with positions in `segment`."""
+        if len(self._segments) == 1:
+            yield self._segments[0], np.arange(len(segment))
+            return
+        for number in np.unique(segment).tolist():
+            yield self._segments[number], np.flatnonzero(segment == number)

@@ -3,15 +3,20 @@
     <id>.arrow            key · vector · tokens · truncated · checksum     (what trainers read)
     <id>.captions.arrow   key · caption                                    (may be left out of a copy)
 
-The id is the BLAKE2b-128 digest of the file's own bytes, and the file's metadata holds the digest of its
-sibling, the recipe and the encoding: a segment describes and proves itself, wherever it is copied to.
+The id is the BLAKE2b-128 digest of the file's own bytes. The schema's metadata holds the recipe and the
+encoding; a last batch without rows holds what is known only at the end: the digest of the sibling and counts.
+So a segment describes and proves itself, wherever it is copied to. `docs/cache.md` has the format in full.
 """
 
 from __future__ import annotations
 
+import bisect
+import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
+from types import TracebackType
 
 import numpy as np
 import pyarrow as pa
@@ -21,12 +26,16 @@ from pydantic import BaseModel, ConfigDict
 from lift_cache import files
 from lift_cache.encoding import Encoding
 from lift_cache.errors import BadCaption, CacheDamaged, UnsupportedFormat
+from lift_cache.flatmap import Extent, alignment
 from lift_cache.keys import KEY_BYTES, caption_key, halves, sort_order
 from lift_cache.recipe import Recipe
 
-FORMAT_VERSION = 1
-MAX_CHILD_VALUES = 2**31 - 1
-"""Arrow's fixed-size lists address their values with 32 bits, per record batch."""
+FORMAT_VERSION = 2
+BATCH_BYTES = 1 << 28
+"""Bytes of vectors in one record batch: what writing or merging a segment of any size holds in memory."""
+
+CHECK_ROWS = 8_192
+"""Rows that are read at a time when a whole segment is."""
 
 CAPTIONS_SCHEMA = pa.schema([("key", pa.binary(KEY_BYTES)), ("caption", pa.large_string())])
 
@@ -97,6 +106,18 @@ class StoredRows:
             None if any(c is None for c in captions) else pa.concat_arrays(captions),
         )
 
+    def slice(self, start: int, stop: int) -> StoredRows:
+        """Consecutive rows, without a copy."""
+        here = slice(start, stop)
+        return StoredRows(
+            self.keys[here],
+            self.vectors[here],
+            self.tokens[here],
+            self.truncated[here],
+            self.checksums[here],
+            None if self.captions is None else self.captions[here],
+        )
+
     def vector_batch(self, schema: pa.Schema) -> pa.RecordBatch:
         dimensions = self.vectors.shape[1]
         columns = [
@@ -150,57 +171,210 @@ def captions_path(directory: Path, segment_id: str) -> Path:
     return directory / f"{segment_id}.captions.arrow"
 
 
-def write_segment(directory: Path, recipe: Recipe, encoding: Encoding, rows: StoredRows) -> SegmentInfo:
-    """Write one segment durably; captions first, so that a vector file is never without its sibling.
+def row_bytes(encoding: Encoding) -> int:
+    """Bytes of one stored vector."""
+    return encoding.dimensions * encoding.numpy_dtype.itemsize
 
-    Rows may come in any order and must have distinct keys. Writing the same rows twice gives the same id.
+
+def segment_bytes(encoding: Encoding, rows: int, caption_bytes: int = 60) -> int:
+    """Estimate of what a segment of so many rows takes on disk, its captions among it."""
+    per_row = row_bytes(encoding) + 2 * KEY_BYTES + 8 + 4 + 1 + 8 + caption_bytes
+    return rows * per_row + 16_384
+
+
+def write_segment(directory: Path, recipe: Recipe, encoding: Encoding, rows: StoredRows) -> SegmentInfo:
+    """Write one segment durably. Rows may come in any order and must have distinct keys.
+
+    Writing the same rows twice gives the same id.
 
     Raises:
         CacheFull: no room; nothing under a final name is left of this segment but, perhaps, its captions.
     """
-    rows = rows.take(sort_order(rows.keys))
-    batch_rows = max(1, MAX_CHILD_VALUES // encoding.dimensions)
-    vectors_tmp = files.temporary_name(directory / "segment.arrow")
-    captions_tmp = files.temporary_name(directory / "captions.arrow")
-    with files.room_for(directory):
-        try:
-            captions = pa.RecordBatch.from_arrays(
-                [binary_array(rows.keys), rows.captions], schema=CAPTIONS_SCHEMA
-            )
-            _write_arrow(captions_tmp, CAPTIONS_SCHEMA, captions, batch_rows)
-            captions_digest = files.digest_file(captions_tmp)
+    with SegmentWriter(directory, recipe, encoding, captions=rows.captions is not None) as writer:
+        writer.add(rows.take(sort_order(rows.keys)))
+        return writer.finish()
 
-            schema = vector_schema(encoding).with_metadata(
-                {
-                    "lift.format": str(FORMAT_VERSION),
-                    "lift.recipe": recipe.canonical_json(),
-                    "lift.fingerprint": recipe.fingerprint,
-                    "lift.encoding": encoding.model_dump_json(),
-                    "lift.captions": captions_digest,
-                }
-            )
-            _write_arrow(vectors_tmp, schema, rows.vector_batch(schema), batch_rows)
+
+class SegmentWriter:
+    """One segment, written row after row in bounded memory; leaves nothing behind when it is not finished."""
+
+    def __init__(self, directory: Path, recipe: Recipe, encoding: Encoding, *, captions: bool = True) -> None:
+        """Begin.
+
+        Args:
+            directory: of segments; it exists.
+            captions: whether rows will have captions (and the segment a sibling).
+        """
+        self._directory = directory
+        metadata = {
+            "lift.format": str(FORMAT_VERSION),
+            "lift.recipe": recipe.canonical_json(),
+            "lift.fingerprint": recipe.fingerprint,
+            "lift.encoding": encoding.model_dump_json(),
+        }
+        self._schema = vector_schema(encoding).with_metadata(metadata)
+        self._row_bytes = row_bytes(encoding)
+        self._batch_rows = max(1, BATCH_BYTES // self._row_bytes)
+        self._waiting: list[StoredRows] = []
+        self._waiting_rows = 0
+        self._rows = self._tokens = self._truncated = 0
+        self._vectors = _ArrowFile(files.temporary_name(directory / "segment.arrow"), self._schema)
+        self._captions = None
+        if captions:
+            captions_tmp = files.temporary_name(directory / "captions.arrow")
+            self._captions = _ArrowFile(captions_tmp, CAPTIONS_SCHEMA)
+
+    def __enter__(self) -> SegmentWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._vectors.discard()
+        if self._captions is not None:
+            self._captions.discard()
+
+    def add(self, rows: StoredRows) -> None:
+        """Append rows: keys ascending and distinct, going on above those that were added before.
+
+        Raises:
+            CacheFull.
+        """
+        self._waiting.append(rows)
+        self._waiting_rows += len(rows)
+        while self._waiting_rows >= self._batch_rows:
+            self._write(self._batch_rows)
+
+    def finish(self) -> SegmentInfo:
+        """Publish the segment under its digest; captions first, so that it is never without its sibling.
+
+        Raises:
+            CacheFull.
+        """
+        self._write(self._waiting_rows)
+        assert self._rows, "a segment has rows"
+        captions_digest, captions_size = "", 0
+        with files.room_for(self._directory):
+            if self._captions is not None:
+                self._captions.close()
+                captions_digest, captions_size = self._captions.digest(), self._captions.size()
+            trailer = {
+                "lift.captions": captions_digest,
+                "lift.captions-size": str(captions_size),
+                "lift.rows": str(self._rows),
+                "lift.tokens": str(self._tokens),
+                "lift.truncated": str(self._truncated),
+            }
+            self._vectors.write(empty_batch(self._schema), trailer)
+            self._vectors.close()
             info = SegmentInfo(
-                id=files.digest_file(vectors_tmp),
-                rows=len(rows),
-                size=vectors_tmp.stat().st_size,
-                tokens=int(rows.tokens.sum()),
-                truncated=int(rows.truncated.sum()),
+                id=self._vectors.digest(),
+                rows=self._rows,
+                size=self._vectors.size(),
+                tokens=self._tokens,
+                truncated=self._truncated,
                 captions_digest=captions_digest,
-                captions_size=captions_tmp.stat().st_size,
+                captions_size=captions_size,
             )
-            files.publish(captions_tmp, captions_path(directory, info.id))
-            files.publish(vectors_tmp, segment_path(directory, info.id))
-        finally:
-            vectors_tmp.unlink(missing_ok=True)
-            captions_tmp.unlink(missing_ok=True)
-    return info
+            if self._captions is not None:
+                self._captions.publish(captions_path(self._directory, info.id))
+            self._vectors.publish(segment_path(self._directory, info.id))
+        return info
+
+    def _write(self, count: int) -> None:
+        parts: list[StoredRows] = []
+        while count and self._waiting:
+            part = self._waiting[0]
+            if len(part) <= count:
+                self._waiting.pop(0)
+            else:
+                self._waiting[0], part = part.slice(count, len(part)), part.slice(0, count)
+            parts.append(part)
+            count -= len(part)
+            self._waiting_rows -= len(part)
+        if not parts:
+            return
+        rows = parts[0] if len(parts) == 1 else StoredRows.concatenate(parts)
+        self._rows += len(rows)
+        self._tokens += int(rows.tokens.sum(dtype=np.int64))
+        self._truncated += int(rows.truncated.sum())
+        with files.room_for(self._directory):
+            self._vectors.write(
+                rows.vector_batch(self._schema),
+                align=alignment(self._row_bytes),
+                aligned_at=len(rows) * KEY_BYTES,
+            )
+            if self._captions is not None:
+                keys = binary_array(rows.keys)
+                self._captions.write(
+                    pa.RecordBatch.from_arrays([keys, rows.captions], schema=CAPTIONS_SCHEMA)
+                )
 
 
-def _write_arrow(path: Path, schema: pa.Schema, batch: pa.RecordBatch, batch_rows: int) -> None:
-    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
-        for start in range(0, len(batch), batch_rows):
-            writer.write_batch(batch.slice(start, batch_rows))
+class _ArrowFile:
+    """An Arrow IPC file under a temporary name."""
+
+    def __init__(self, path: Path, schema: pa.Schema) -> None:
+        self.path, self._schema = path, schema
+        with files.room_for(path.parent):
+            self._sink = pa.OSFile(str(path), "wb")
+            self._writer = pa.ipc.new_file(self._sink, schema)
+        self._open = True
+
+    def write(
+        self,
+        batch: pa.RecordBatch,
+        metadata: dict[str, str] | None = None,
+        *,
+        align: int = 8,
+        aligned_at: int = 0,
+    ) -> None:
+        """Append a batch.
+
+        Args:
+            align, aligned_at: the byte `aligned_at` of the batch's body comes to lie on a multiple of `align`
+                bytes in the file. Arrow itself promises 8; the rest is padded inside the batch's metadata.
+        """
+        if align > 8:
+            head = self._sink.tell() + _head_bytes(self._schema, {"lift.pad": ""}) + aligned_at
+            metadata = {"lift.pad": " " * (-head % align)}
+        self._writer.write_batch(batch, custom_metadata=metadata)
+
+    def close(self) -> None:
+        if self._open:
+            self._open = False
+            try:
+                self._writer.close()
+            finally:
+                self._sink.close()
+
+    def digest(self) -> str:
+        return files.digest_file(self.path)
+
+    def size(self) -> int:
+        return self.path.stat().st_size
+
+    def publish(self, final: Path) -> None:
+        files.publish(self.path, final)
+
+    def discard(self) -> None:
+        """Close and delete what was not published."""
+        with contextlib.suppress(OSError, pa.ArrowException):
+            self.close()
+        self.path.unlink(missing_ok=True)
+
+
+def empty_batch(schema: pa.Schema) -> pa.RecordBatch:
+    return pa.RecordBatch.from_arrays([pa.array([], field.type) for field in schema], schema=schema)
+
+
+def _head_bytes(schema: pa.Schema, metadata: dict[str, str]) -> int:
+    """Bytes of a record batch message before its body: the same for any number of rows."""
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, schema) as writer:
+        before = sink.tell()
+        writer.write_batch(empty_batch(schema), custom_metadata=metadata)
+        return int(sink.tell() - before)
 
 
 class Segment:
@@ -208,7 +382,7 @@ class Segment:
 
     Attributes:
         rows: number of rows.
-        recipe, encoding: as the file states them.
+        fingerprint, encoding: as the file states them.
     """
 
     def __init__(self, directory: Path, segment_id: str) -> None:
@@ -219,18 +393,26 @@ class Segment:
         try:
             source = pa.memory_map(str(self.path), "r")
             reader = pa.ipc.open_file(source)
-            metadata = {k.decode(): v.decode() for k, v in (reader.schema.metadata or {}).items()}
+            metadata = _decoded(reader.schema.metadata)
             version = int(metadata["lift.format"])
             if version > FORMAT_VERSION:
                 raise UnsupportedFormat(
                     f"{self.path} has format version {version}; this software reads {FORMAT_VERSION}: update it"
                 )
-            self.recipe = Recipe.parse(metadata["lift.recipe"], where=str(self.path))
+            self._recipe_json = metadata["lift.recipe"]
+            self.fingerprint = metadata["lift.fingerprint"]
             self.encoding = Encoding.model_validate_json(metadata["lift.encoding"])
-            self.captions_digest = metadata["lift.captions"]
             if not reader.schema.equals(vector_schema(self.encoding)):
                 raise CacheDamaged(f"{self.path} has other columns than a segment; run `lift-cache verify`")
-            self._batches = [reader.get_batch(i) for i in range(reader.num_record_batches)]
+            batches = reader.num_record_batches
+            if version == 1:
+                self.captions_digest = metadata["lift.captions"]
+            else:
+                batches -= 1
+                trailer = _decoded(reader.get_batch_with_custom_metadata(batches).custom_metadata)
+                self.captions_digest = trailer["lift.captions"]
+            self._batches = [reader.get_batch(i) for i in range(batches)]
+            self._base = source.read_buffer().address
         except FileNotFoundError:
             raise CacheDamaged(f"{self.path} is missing; restore it from a copy of the cache") from None
         except (OSError, pa.ArrowException, KeyError, ValueError, UnicodeDecodeError) as error:
@@ -240,19 +422,46 @@ class Segment:
         dimensions = self.encoding.dimensions
         self._keys = [binary_values(batch.column(0)) for batch in self._batches]
         self._vectors = [list_values(batch.column(1), dimensions) for batch in self._batches]
+        self._columns: dict[str, list[np.ndarray]] = {}
+        self._siblings: list[pa.RecordBatch] | None = None
         self.rows = sum(len(batch) for batch in self._batches)
         # Every batch but the last is of one length, so a row's batch is a division.
-        self._batch_rows = max(1, len(self._batches[0]) if self._batches else 1)
+        self.batch_rows = max(1, len(self._batches[0]) if self._batches else 1)
+
+    @cached_property
+    def recipe(self) -> Recipe:
+        """As the file states it. Raises CacheDamaged."""
+        return Recipe.parse(self._recipe_json, where=str(self.path))
+
+    def key_extents(self) -> list[Extent]:
+        """Where the keys lie in the file, batch by batch."""
+        return self._extents(self._keys)
+
+    def vector_extents(self) -> list[Extent]:
+        """Where the stored vectors lie in the file, batch by batch."""
+        return self._extents(self._vectors)
+
+    def _extents(self, columns: list[np.ndarray]) -> list[Extent]:
+        return [Extent(self.path, column.ctypes.data - self._base, len(column)) for column in columns]
 
     def _gather(self, columns: list[np.ndarray], rows: np.ndarray) -> np.ndarray:
         if len(columns) == 1:
             return columns[0].take(rows, axis=0)
         out = np.empty((len(rows), *columns[0].shape[1:]), columns[0].dtype)
-        batch_of = rows // self._batch_rows
+        batch_of = rows // self.batch_rows
         for b in np.unique(batch_of).tolist():
             here = batch_of == b
-            out[here] = columns[b][rows[here] - b * self._batch_rows]
+            out[here] = columns[b][rows[here] - b * self.batch_rows]
         return out
+
+    def key_high(self, row: int) -> int:
+        """The first 64 bits of a row's key."""
+        key = self._keys[row // self.batch_rows][row % self.batch_rows]
+        return int.from_bytes(key[:8].tobytes(), "big")
+
+    def first_from(self, high: int) -> int:
+        """The first row whose key begins with at least these 64 bits."""
+        return bisect.bisect_left(range(self.rows), high, key=self.key_high)
 
     def keys(self, rows: np.ndarray | None = None) -> np.ndarray:
         """Keys of the given rows (all of them by default): uint8 [n, 16]."""
@@ -260,15 +469,56 @@ class Segment:
             return np.concatenate(self._keys) if len(self._keys) != 1 else self._keys[0]
         return self._gather(self._keys, rows)
 
+    def key_slice(self, start: int, stop: int) -> np.ndarray:
+        """Keys of consecutive rows: uint8 [n, 16]."""
+        return self._slice(self._keys, start, stop)
+
     def vectors(self, rows: np.ndarray) -> np.ndarray:
         """Stored vectors of the given rows, copied: [n, d]."""
         return self._gather(self._vectors, rows)
 
+    def slice(self, start: int, stop: int, *, captions: bool) -> StoredRows:
+        """Consecutive rows, every checksum verified.
+
+        Raises:
+            CacheDamaged: bytes that are not those that were written, or captions that are not here.
+        """
+        keys, vectors = self.key_slice(start, stop), self._slice(self._vectors, start, stop)
+        return self._stored(np.arange(start, stop), keys, vectors, captions)
+
+    def take(self, rows: np.ndarray, *, captions: bool) -> StoredRows:
+        """As `slice`, for any rows (int64 [n])."""
+        return self._stored(rows, self.keys(rows), self.vectors(rows), captions)
+
+    def _stored(self, rows: np.ndarray, keys: np.ndarray, vectors: np.ndarray, captions: bool) -> StoredRows:
+        checksums = self.column("checksum", rows)
+        self._require(keys, vectors, checksums, rows)
+        tokens, truncated = self.column("tokens", rows), self.column("truncated", rows)
+        texts = self._captions_of(rows, keys) if captions else None
+        return StoredRows(keys, vectors, tokens, truncated, checksums, texts)
+
+    def _slice(self, columns: list[np.ndarray], start: int, stop: int) -> np.ndarray:
+        parts = []
+        while start < stop:
+            batch, row = divmod(start, self.batch_rows)
+            part = columns[batch][row : row + stop - start]
+            parts.append(part)
+            start += len(part)
+        if len(parts) == 1:
+            return parts[0]
+        return np.concatenate(parts) if parts else columns[0][:0]
+
     def column(self, name: str, rows: np.ndarray) -> np.ndarray:
         """`tokens` int32, `truncated` bool or `checksum` uint64 of the given rows: [n]."""
-        return self._gather(
-            [batch.column(name).to_numpy(zero_copy_only=False) for batch in self._batches], rows
-        )
+        return self._gather(self._column(name), rows)
+
+    def _column(self, name: str) -> list[np.ndarray]:
+        known = self._columns.get(name)
+        if known is None:
+            known = [batch.column(name).to_numpy(zero_copy_only=False) for batch in self._batches]
+            if name != "truncated":  # bits, which NumPy can only have as a copy
+                self._columns[name] = known
+        return known
 
     def gather(self, keys: np.ndarray, rows: np.ndarray, *, check: bool) -> np.ndarray:
         """Vectors of the given rows, each compared with the key it is expected to have.
@@ -285,13 +535,23 @@ class Segment:
             raise CacheDamaged(f"{self.path} holds other keys than the index says; run `lift-cache verify`")
         vectors = self.vectors(rows)
         if check:
-            wrong = np.flatnonzero(row_checksums(keys, vectors) != self.column("checksum", rows))
-            if len(wrong):
-                raise CacheDamaged(
-                    f"{self.path}: row {rows[wrong[0]]} fails its checksum ({len(wrong)} such rows in this read); "
-                    "run `lift-cache verify`"
-                )
+            self._require(keys, vectors, self.column("checksum", rows), rows)
         return vectors
+
+    def _require(
+        self, keys: np.ndarray, vectors: np.ndarray, checksums: np.ndarray, rows: np.ndarray
+    ) -> None:
+        wrong = np.flatnonzero(row_checksums(keys, vectors) != checksums)
+        if len(wrong):
+            raise CacheDamaged(
+                f"{self.path}: row {rows[wrong[0]]} fails its checksum ({len(wrong)} such rows in this read); "
+                "run `lift-cache verify`"
+            )
+
+    @property
+    def has_captions(self) -> bool:
+        """Whether the sibling is here."""
+        return captions_path(self.directory, self.id).is_file()
 
     def captions(self, keys: np.ndarray, rows: np.ndarray) -> list[str]:
         """Captions of the given rows, each compared with the key it is expected to have.
@@ -299,31 +559,50 @@ class Segment:
         Raises:
             CacheDamaged: the sibling is not there, cannot be read, or holds other keys.
         """
+        return list(self._captions_of(rows, keys).to_pylist())
+
+    def _captions_of(self, rows: np.ndarray, keys: np.ndarray) -> pa.Array:
         path = captions_path(self.directory, self.id)
         try:
-            taken = pa.ipc.open_file(pa.memory_map(str(path), "r")).read_all().take(pa.array(rows))
-            held, captions = taken.column("key").to_pylist(), taken.column("caption").to_pylist()
+            if self._siblings is None:
+                reader = pa.ipc.open_file(pa.memory_map(str(path), "r"))
+                self._siblings = [reader.get_batch(i) for i in range(reader.num_record_batches)]
+            parts, order = [], []
+            batch_of = rows // self.batch_rows
+            for b in np.unique(batch_of).tolist():
+                here = np.flatnonzero(batch_of == b)
+                parts.append(self._siblings[b].take(pa.array(rows[here] - b * self.batch_rows)))
+                order.append(here)
         except FileNotFoundError:
             raise CacheDamaged(f"{path} is not here: this copy was made without captions") from None
-        except (OSError, pa.ArrowException, KeyError) as error:
+        except (OSError, pa.ArrowException, KeyError, IndexError) as error:
             raise CacheDamaged(f"{path} cannot be read ({_first_line(error)})") from None
-        if b"".join(held) != keys.tobytes():
+        if not parts:
+            return pa.array([], pa.large_string())
+        back = np.argsort(np.concatenate(order))
+        held = np.concatenate([binary_values(part.column(0)) for part in parts])[back]
+        if not np.array_equal(held, keys):
             raise CacheDamaged(f"{path} holds other keys than the index says; run `lift-cache verify`")
-        return captions
+        captions = pa.concat_arrays([part.column(1) for part in parts])
+        return captions if len(parts) == 1 else captions.take(pa.array(back))
 
     def info(self) -> SegmentInfo:
         """What a registry says of it, read from the files."""
-        every = np.arange(self.rows)
         captions = captions_path(self.directory, self.id)
+        every = np.arange(self.rows)
         return SegmentInfo(
             id=self.id,
             rows=self.rows,
             size=self.path.stat().st_size,
-            tokens=int(self.column("tokens", every).sum()),
+            tokens=int(self.column("tokens", every).sum(dtype=np.int64)),
             truncated=int(self.column("truncated", every).sum()),
             captions_digest=self.captions_digest,
             captions_size=captions.stat().st_size if captions.exists() else 0,
         )
+
+
+def _decoded(metadata: dict[bytes, bytes] | pa.KeyValueMetadata | None) -> dict[str, str]:
+    return {key.decode(): value.decode() for key, value in (metadata or {}).items()}
 
 
 def check_segment(directory: Path, segment_id: str, *, need_captions: bool) -> Segment:
@@ -342,27 +621,27 @@ def check_segment(directory: Path, segment_id: str, *, need_captions: bool) -> S
     except FileNotFoundError:
         raise CacheDamaged(f"{path} is missing; restore it from a copy of the cache") from None
     segment = Segment(directory, segment_id)
-    every = np.arange(segment.rows)
-    keys = segment.keys()
-    high, low = halves(keys)
-    ascending = (high[1:] > high[:-1]) | ((high[1:] == high[:-1]) & (low[1:] > low[:-1]))
-    if not ascending.all():
-        raise CacheDamaged(f"{path}: its keys are not in order")
-    segment.gather(keys, every, check=True)
-    if not sibling.exists() and not need_captions:
-        return segment
+    has_captions = need_captions or sibling.exists()
     try:
-        if files.digest_file(sibling) != segment.captions_digest:
+        if has_captions and files.digest_file(sibling) != segment.captions_digest:
             raise CacheDamaged(f"{sibling}: its bytes are not those that {path.name} names")
     except FileNotFoundError:
         raise CacheDamaged(f"{sibling} is missing; restore it from a copy of the cache") from None
-    for row, (key, caption) in enumerate(zip(keys, segment.captions(keys, every), strict=True)):
-        try:
-            right = caption_key(caption) == key.tobytes()
-        except BadCaption:
-            right = False
-        if not right:
-            raise CacheDamaged(f"{sibling}: row {row} is not the caption of its key")
+    before = b""
+    for start in range(0, segment.rows, CHECK_ROWS):
+        rows = segment.slice(start, min(start + CHECK_ROWS, segment.rows), captions=has_captions)
+        high, low = halves(rows.keys)
+        ascending = (high[1:] > high[:-1]) | ((high[1:] == high[:-1]) & (low[1:] > low[:-1]))
+        if not ascending.all() or rows.keys[0].tobytes() <= before:
+            raise CacheDamaged(f"{path}: its keys are not in order")
+        before = rows.keys[-1].tobytes()
+        for row, caption in enumerate(rows.captions.to_pylist() if rows.captions is not None else ()):
+            try:
+                right = caption_key(caption) == rows.keys[row].tobytes()
+            except BadCaption:
+                right = False
+            if not right:
+                raise CacheDamaged(f"{sibling}: row {start + row} is not the caption of its key")
     return segment
 
 

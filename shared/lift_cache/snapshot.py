@@ -1,9 +1,8 @@
 """Snapshots: immutable views of a cache, which trainers read.
 
     snapshots/<n>-<digest>/
-        index.arrow      sorted keys → (segment, row)
-        prefix.arrow     where the keys that share their leading bits begin: makes lookup vectorised
-        manifest.json    written last: segments, rows, checksums, recipe, encoding, provenance
+        index-<k>.arrow, prefix-<k>.arrow    the index: a base and, over a large one, a few deltas
+        manifest.json                        written last: segments, rows, checksums, recipe, encoding
 
 The id is a sequence number and the digest of the manifest, never a clock. A snapshot is itself the pin:
 no segment that a snapshot names is ever removed.
@@ -16,38 +15,39 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import pyarrow as pa
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from lift_cache import files
 from lift_cache.encoding import Encoding
 from lift_cache.errors import CacheDamaged, CacheNotFound, UnsupportedFormat
-from lift_cache.keys import halves
+from lift_cache.index import (
+    ROW_BYTES,
+    FileInfo,
+    IndexPart,
+    OpenIndex,
+    build_index,
+    index_name,
+    prefix_name,
+    require_file,
+)
 from lift_cache.recipe import Recipe
 from lift_cache.segment import FORMAT_VERSION, Segment, SegmentInfo
 
-ROWS_PER_BUCKET = 8
-MAX_PREFIX_BITS = 26
+DELTA_FROM = 1 << 20
+"""Rows of an index from which on a new snapshot adds a delta to it, instead of writing it again."""
 
-INDEX_SCHEMA = pa.schema(
-    [("key_high", pa.uint64()), ("key_low", pa.uint64()), ("segment", pa.uint32()), ("row", pa.uint32())]
-)
-PREFIX_SCHEMA = pa.schema([("first", pa.uint64())])
+DELTA_SHARE = 4
+"""A delta has at most one row for so many that the parts before it have."""
+
+MAX_PARTS = 4
 
 _NAME = re.compile(r"(\d{6,})-([0-9a-f]{16})")
-
-
-class FileInfo(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    size: int
-    digest: str
 
 
 class Manifest(BaseModel):
@@ -55,7 +55,28 @@ class Manifest(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    format: Literal[1] = 1
+    format: Literal[2] = 2
+    sequence: int
+    rows: int
+    tokens: int
+    truncated: int
+    recipe: Recipe
+    fingerprint: str
+    encoding: Encoding
+    segments: tuple[SegmentInfo, ...]
+    index: tuple[IndexPart, ...]
+    provenance: tuple[dict[str, Any], ...]
+
+    def to_bytes(self) -> bytes:
+        return (json.dumps(self.model_dump(mode="json"), indent=1, sort_keys=True) + "\n").encode()
+
+
+class ManifestV1(BaseModel):
+    """Format 1: one index, whose columns are `key_high`, `key_low`, `segment` and `row`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    format: Literal[1]
     sequence: int
     rows: int
     tokens: int
@@ -69,8 +90,10 @@ class Manifest(BaseModel):
     prefix_bits: int
     provenance: tuple[dict[str, Any], ...]
 
-    def to_bytes(self) -> bytes:
-        return (json.dumps(self.model_dump(mode="json"), indent=1, sort_keys=True) + "\n").encode()
+    def upgraded(self) -> Manifest:
+        """As format 2 says it. Its index is not taken over: a reader makes its own."""
+        same = self.model_dump(exclude={"format", "index", "prefix", "prefix_bits"})
+        return Manifest(index=(), **same)
 
 
 @dataclass(frozen=True)
@@ -123,22 +146,51 @@ def find_snapshot(cache: Path, wanted: str | None) -> str:
     return matching[0]
 
 
-def load_manifest(cache: Path, snapshot_id: str) -> Manifest:
-    """Read and check a manifest. Raises CacheDamaged, UnsupportedFormat."""
+def parse_manifest(data: bytes, where: str) -> Manifest | ManifestV1:
+    """A manifest from its bytes. Raises CacheDamaged, UnsupportedFormat."""
+    try:
+        parsed = json.loads(data)
+        version = parsed["format"]
+        if isinstance(version, int) and version > FORMAT_VERSION:
+            raise UnsupportedFormat(
+                f"{where} has format version {version}; this software reads {FORMAT_VERSION}: update it"
+            )
+        kind = ManifestV1 if version == 1 else Manifest
+        return kind.model_validate(parsed)
+    except (ValueError, KeyError, TypeError, ValidationError):
+        raise CacheDamaged(f"{where} cannot be read; make a new snapshot") from None
+
+
+def load_stored_manifest(cache: Path, snapshot_id: str) -> Manifest | ManifestV1:
+    """Read and check a manifest, in the format in which it is stored. Raises as `load_manifest`."""
     path = cache / "snapshots" / snapshot_id / "manifest.json"
     try:
         data = path.read_bytes()
-        parsed = json.loads(data)
-        if isinstance(parsed["format"], int) and parsed["format"] > FORMAT_VERSION:
-            raise UnsupportedFormat(
-                f"{path} has format version {parsed['format']}; this software reads {FORMAT_VERSION}: update it"
-            )
-        if _digest(data) != snapshot_id.split("-")[1]:
-            raise CacheDamaged(f"{path}: its bytes are not those its name stands for; make a new snapshot")
-        manifest = Manifest.model_validate(parsed)
-    except (OSError, ValueError, KeyError, TypeError, ValidationError):
+    except PermissionError:
+        raise
+    except OSError:
         raise CacheDamaged(f"{path} cannot be read; make a new snapshot") from None
+    manifest = parse_manifest(data, str(path))
+    if digest_of_manifest(data) != snapshot_id.split("-")[1]:
+        raise CacheDamaged(f"{path}: its bytes are not those its name stands for; make a new snapshot")
     return manifest
+
+
+def load_manifest(cache: Path, snapshot_id: str) -> Manifest:
+    """Read and check a manifest. Raises CacheDamaged, UnsupportedFormat, PermissionError."""
+    manifest = load_stored_manifest(cache, snapshot_id)
+    return manifest.upgraded() if isinstance(manifest, ManifestV1) else manifest
+
+
+def snapshot_files(manifest: Manifest | ManifestV1) -> dict[str, FileInfo]:
+    """The files of a snapshot's directory, its manifest apart: name → size and digest."""
+    if isinstance(manifest, ManifestV1):
+        return {"index.arrow": manifest.index, "prefix.arrow": manifest.prefix}
+    found = {}
+    for number, part in enumerate(manifest.index):
+        found[index_name(number)] = part.index
+        found[prefix_name(number)] = part.prefix
+    return found
 
 
 def build_snapshot(
@@ -147,10 +199,15 @@ def build_snapshot(
     encoding: Encoding,
     segments: Sequence[SegmentInfo],
     provenance: Sequence[dict[str, Any]] = (),
+    progress: Callable[[int], None] = lambda _: None,
 ) -> Snapshot:
     """Write a snapshot over sealed segments; where two hold the same key, the first named wins.
 
-    The newest snapshot is returned as it is when it already covers the same segments.
+    The newest snapshot is returned as it is when it already covers the same segments. Parts of its index that
+    are still right are linked, not written again.
+
+    Args:
+        progress: called with the rows that were indexed.
 
     Raises:
         CacheFull: no room; no snapshot was made.
@@ -158,36 +215,41 @@ def build_snapshot(
     """
     have = snapshots_of(cache)
     newest = _whole_manifest(cache, have[-1]) if have else None
-    if newest and {info.id for info in newest.segments} == {info.id for info in segments}:
+    if newest and newest.index and {info.id for info in newest.segments} == {info.id for info in segments}:
         return Snapshot(have[-1], cache / "snapshots" / have[-1], newest.rows)
     sequence = 1 + (int(have[-1].split("-")[0]) if have else 0)
     directory = cache / "snapshots"
     files.make_directory(directory)
+    old = directory / have[-1] if have else directory
+    kept = reusable_parts(newest.index, segments) if newest else ()
+    covered = {segment_id for part in kept for segment_id in part.segments}
+    added = [Segment(cache / "segments", info.id) for info in segments if info.id not in covered]
+    files.require_room(directory, 3 * ROW_BYTES * sum(segment.rows for segment in added), "a snapshot")
     temporary = files.temporary_name(directory / "snapshot")
     with files.room_for(directory):
         try:
             temporary.mkdir()
-            index, rows, tokens, truncated = _merge_keys(cache, segments)
-            bits = prefix_bits(rows)
-            for name, batch in (("index.arrow", index), ("prefix.arrow", _prefix_batch(index, bits))):
-                with (
-                    pa.OSFile(str(temporary / name), "wb") as sink,
-                    pa.ipc.new_file(sink, batch.schema) as writer,
-                ):
-                    writer.write_batch(batch)
-                files.sync_file(temporary / name)
+            for number in range(len(kept)):
+                for name in (index_name(number), prefix_name(number)):
+                    files.link_or_copy(old / name, temporary / name)
+            earlier = [OpenIndex.open(temporary, number, part) for number, part in enumerate(kept)]
+
+            def known(keys: np.ndarray) -> np.ndarray:
+                return np.logical_or.reduce([part.lookup(keys) >= 0 for part in earlier])
+
+            parts = [*kept]
+            if added or not kept:
+                parts.append(build_index(temporary, len(kept), added, known if earlier else None, progress))
             manifest = Manifest(
                 sequence=sequence,
-                rows=rows,
-                tokens=tokens,
-                truncated=truncated,
+                rows=sum(part.rows for part in parts),
+                tokens=sum(part.tokens for part in parts),
+                truncated=sum(part.truncated for part in parts),
                 recipe=recipe,
                 fingerprint=recipe.fingerprint,
                 encoding=encoding,
                 segments=tuple(segments),
-                index=_file_info(temporary / "index.arrow"),
-                prefix=_file_info(temporary / "prefix.arrow"),
-                prefix_bits=bits,
+                index=tuple(parts),
                 provenance=tuple(provenance),
             )
             data = manifest.to_bytes()
@@ -196,78 +258,60 @@ def build_snapshot(
             for path in (temporary, *temporary.iterdir()):
                 files.share_with_group(path)
             files.sync_directory(temporary)
-            name = f"{sequence:06d}-{_digest(data)}"
+            name = f"{sequence:06d}-{digest_of_manifest(data)}"
             temporary.rename(directory / name)
             files.sync_directory(directory)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
-    return Snapshot(name, directory / name, rows)
+    return Snapshot(name, directory / name, manifest.rows)
+
+
+def reusable_parts(parts: Sequence[IndexPart], segments: Sequence[SegmentInfo]) -> tuple[IndexPart, ...]:
+    """The parts of an index that a new snapshot over these segments keeps: the rest becomes one delta.
+
+    None are kept when the index is small, or what would be the delta is too large beside them.
+    """
+    rows = {info.id: info.rows for info in segments}
+    kept: list[IndexPart] = []
+    for part in parts[: MAX_PARTS - 1]:
+        if not all(segment_id in rows for segment_id in part.segments):
+            break
+        kept.append(part)
+    while kept:
+        covered = {segment_id for part in kept for segment_id in part.segments}
+        new = sum(count for segment_id, count in rows.items() if segment_id not in covered)
+        size = sum(part.rows for part in kept)
+        if size >= DELTA_FROM and new * DELTA_SHARE <= size:
+            break
+        kept.pop()
+    return tuple(kept)
+
+
+def remove_snapshot(cache: Path, snapshot_id: str) -> None:
+    """Remove a snapshot's directory; what it alone names becomes collectable. Only the writer may call this."""
+    directory = cache / "snapshots"
+    gone = files.temporary_name(directory / snapshot_id)
+    (directory / snapshot_id).rename(gone)  # at once: half of a snapshot is never seen under its name
+    files.sync_directory(directory)
+    shutil.rmtree(gone)
 
 
 def _whole_manifest(cache: Path, snapshot_id: str) -> Manifest | None:
     """The manifest of a snapshot whose files are all as they were written, else None."""
     try:
-        manifest = load_manifest(cache, snapshot_id)
-        require_index(cache, snapshot_id, manifest)
+        require_index(cache, snapshot_id)
+        return load_manifest(cache, snapshot_id)
     except CacheDamaged:
         return None
-    return manifest
 
 
-def require_index(cache: Path, snapshot_id: str, manifest: Manifest) -> None:
-    """Read every byte of a snapshot's index. Raises CacheDamaged."""
-    for name, info in (("index.arrow", manifest.index), ("prefix.arrow", manifest.prefix)):
-        file = cache / "snapshots" / snapshot_id / name
-        if not file.is_file() or files.digest_file(file) != info.digest:
-            raise CacheDamaged(
-                f"{file} is missing or its bytes are not those that were written; make a new snapshot"
-            )
+def require_index(cache: Path, snapshot_id: str) -> None:
+    """Read every byte of a snapshot's own files. Raises CacheDamaged."""
+    manifest = load_stored_manifest(cache, snapshot_id)
+    for name, info in snapshot_files(manifest).items():
+        require_file(cache / "snapshots" / snapshot_id / name, info)
 
 
-def _merge_keys(cache: Path, segments: Sequence[SegmentInfo]) -> tuple[pa.RecordBatch, int, int, int]:
-    """Index batch over all segments, and the counts of rows, tokens and truncated captions in it."""
-    high, low, segment, row, tokens, truncated = [], [], [], [], [], []
-    for number, info in enumerate(segments):
-        opened = Segment(cache / "segments", info.id)
-        every = np.arange(opened.rows)
-        one_high, one_low = halves(opened.keys())
-        high.append(one_high)
-        low.append(one_low)
-        segment.append(np.full(opened.rows, number, np.uint32))
-        row.append(every.astype(np.uint32))
-        tokens.append(opened.column("tokens", every))
-        truncated.append(opened.column("truncated", every))
-    if not segments:
-        return (
-            pa.RecordBatch.from_arrays([pa.array([], f.type) for f in INDEX_SCHEMA], schema=INDEX_SCHEMA),
-            0,
-            0,
-            0,
-        )
-    columns = [np.concatenate(parts) for parts in (high, low, segment, row, tokens, truncated)]
-    order = np.lexsort((columns[1], columns[0]))
-    columns = [column[order] for column in columns]
-    first = np.ones(len(order), bool)
-    first[1:] = (columns[0][1:] != columns[0][:-1]) | (columns[1][1:] != columns[1][:-1])
-    *index, kept_tokens, kept_truncated = (column[first] for column in columns)
-    batch = pa.RecordBatch.from_arrays([pa.array(column) for column in index], schema=INDEX_SCHEMA)
-    return batch, len(batch), int(kept_tokens.sum()), int(kept_truncated.sum())
-
-
-def prefix_bits(rows: int) -> int:
-    """Leading bits in the table, so that about `ROWS_PER_BUCKET` keys share an entry."""
-    return min(MAX_PREFIX_BITS, max(1, (rows // ROWS_PER_BUCKET).bit_length()))
-
-
-def _prefix_batch(index: pa.RecordBatch, bits: int) -> pa.RecordBatch:
-    buckets = index.column("key_high").to_numpy() >> np.uint64(64 - bits)
-    first = np.searchsorted(buckets, np.arange(2**bits + 1, dtype=np.uint64))
-    return pa.RecordBatch.from_arrays([pa.array(first.astype(np.uint64))], schema=PREFIX_SCHEMA)
-
-
-def _file_info(path: Path) -> FileInfo:
-    return FileInfo(size=path.stat().st_size, digest=files.digest_file(path))
-
-
-def _digest(manifest: bytes) -> str:
+def digest_of_manifest(manifest: bytes) -> str:
+    """What a snapshot's name ends with: BLAKE2b-64, 16 hex digits."""
     return hashlib.blake2b(manifest, digest_size=8).hexdigest()

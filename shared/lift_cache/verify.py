@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+
+import numpy as np
 
 from lift_cache.encoding import Encoding
 from lift_cache.errors import CacheDamaged, CacheLocked, CacheNotFound, LiftError
 from lift_cache.lock import WriterLock
 from lift_cache.reader import CacheReader
 from lift_cache.recipe import Recipe
-from lift_cache.segment import check_segment, segment_ids
-from lift_cache.snapshot import load_manifest, require_index, snapshots_of
+from lift_cache.segment import CHECK_ROWS, Segment, check_segment, segment_ids
+from lift_cache.snapshot import require_index, snapshots_of
 
 
 @dataclass
@@ -32,8 +36,8 @@ class VerifyReport:
 
 
 def verify(path: str | os.PathLike[str], progress: Callable[[str], None] = lambda _: None) -> VerifyReport:
-    """Read everything: segments (bytes, row checksums, captions against keys), snapshots, and the rows that
-    are not sealed yet when no writer holds the cache. Changes nothing.
+    """Read everything: segments (bytes, row checksums, captions against keys), snapshots, and the live tier
+    (its fresh rows, and its index against the segments) when no writer holds the cache. Changes nothing.
 
     Raises:
         CacheNotFound: not a cache.
@@ -70,22 +74,24 @@ def verify(path: str | os.PathLike[str], progress: Callable[[str], None] = lambd
         progress(f"snapshot {snapshot_id}")
         report.snapshots += 1
         try:
-            _verify_snapshot(path, snapshot_id)
+            verify_snapshot(path, snapshot_id)
         except LiftError as error:
             report.problems.append(str(error))
     if (path / "live").is_dir() and recipe is not None and encoding is not None:
-        report.live = _verify_live(path, recipe, encoding, report.problems)
+        progress("live")
+        report.live = _verify_live(path, report.problems)
     return report
 
 
-def _verify_snapshot(path: Path, snapshot_id: str) -> None:
-    require_index(path, snapshot_id, load_manifest(path, snapshot_id))
+def verify_snapshot(path: Path, snapshot_id: str) -> None:
+    """Read a snapshot's own files and open it. Raises CacheDamaged."""
+    require_index(path, snapshot_id)
     CacheReader(f"{path}@{snapshot_id}")
 
 
-def _verify_live(path: Path, recipe: Recipe, encoding: Encoding, problems: list[str]) -> str:
+def _verify_live(path: Path, problems: list[str]) -> str:
     try:
-        from lift_cache.live import LiveTier  # readers have no LMDB
+        import lift_cache.live  # noqa: F401  readers have no LMDB
     except ImportError:
         return "not checked: lmdb is not installed here (it is only needed by the writer)"
     try:
@@ -95,24 +101,113 @@ def _verify_live(path: Path, recipe: Recipe, encoding: Encoding, problems: list[
     except OSError as error:
         return f"not checked: the writer's lock cannot be taken here ({error.strerror})"
     try:
-        live = LiveTier(path / "live", recipe.fingerprint, encoding, readonly=True)
-    except LiftError as error:
-        problems.append(str(error))
-        return "cannot be opened"
-    else:
-        fresh = 0
-        for number in live.fresh_numbers():
-            try:
-                fresh += len(live.require_fresh(number) or ())
-            except CacheDamaged as error:
-                problems.append(str(error))
-        sealed = set(segment_ids(path / "segments"))
-        problems += [
-            f"segment {info.id} is missing, with {info.rows} rows; restore it from a copy of the cache"
-            for info in live.registry().values()
-            if info.id not in sealed
-        ]
-        live.close()
-        return f"checked: {fresh} rows not sealed yet"
+        # In a process of its own: LMDB trusts its pages, and one that is damaged can end the process.
+        walk = subprocess.run(
+            [sys.executable, "-m", "lift_cache.verify", str(path)],
+            check=False,
+            capture_output=True,
+            text=True,
+        )
     finally:
         lock.release()
+    found = [json.loads(line) for line in walk.stdout.splitlines() if line.startswith('"')]
+    problems += [line for line in found if not line.startswith("checked: ")]
+    if walk.returncode or not found or not found[-1].startswith("checked: "):
+        said = walk.stderr.strip().splitlines()[-1:] or [f"the check ended with status {walk.returncode}"]
+        problems.append(
+            f"{path / 'live'} is damaged ({said[0]}); move that directory away to rebuild it from the sealed "
+            "segments (rows that were not sealed yet are embedded again)"
+        )
+        return "cannot be read"
+    return str(found[-1])
+
+
+def walk_live(path: Path) -> Iterator[str]:
+    """What is wrong with a cache's live tier, a line each; the last one is "checked: …".
+
+    For a caller that holds the writer's lock.
+    """
+    from lift_cache.live import LiveTier
+
+    recipe, encoding = Recipe.load(path / "recipe.json"), Encoding.load(path / "encoding.json")
+    live = LiveTier(path / "live", recipe.fingerprint, encoding, readonly=True)
+    fresh = 0
+    batches: dict[int, np.ndarray] = {}
+    for number in live.fresh_numbers():
+        try:
+            rows = live.require_fresh(number)
+        except CacheDamaged as error:
+            yield str(error)
+            continue
+        if rows is None:
+            yield f"{live.path}: batch {number} is counted and not there"
+            continue
+        batches[number] = rows.keys
+        fresh += len(rows)
+        if not live.locations(rows.keys)[0].all():
+            yield f"{live.path}: the index lacks rows of batch {number}"
+    segments: dict[int, Segment] = {}
+    there = set(segment_ids(path / "segments"))
+    for number, info in live.registry().items():
+        if info.id not in there:
+            yield f"segment {info.id} is missing, with {info.rows} rows; restore it from a copy of the cache"
+            continue
+        try:
+            segment = segments[number] = Segment(path / "segments", info.id)
+        except LiftError:
+            continue  # said where the segments were read
+        for start in range(0, segment.rows, CHECK_ROWS):
+            keys = segment.key_slice(start, min(start + CHECK_ROWS, segment.rows))
+            if number not in live.pending() and not live.locations(keys)[0].all():
+                yield f"{live.path}: the index lacks rows of segment {info.id}"
+                break
+    for keys, locations in live.index_items():
+        yield from _wrong_locations(live.path, keys, locations, batches, segments, live.fresh_numbers())
+    indexed, counted = live.rows(), live.fresh_counts()[0] + live.sealed_counts()[0]
+    if indexed != counted and not live.pending():
+        yield f"{live.path}: the index has {indexed} rows and the counts say {counted}"
+    live.close()
+    yield f"checked: {fresh} rows not sealed yet"
+
+
+def _wrong_locations(
+    where: Path,
+    keys: np.ndarray,
+    locations: np.ndarray,
+    batches: dict[int, np.ndarray],
+    segments: dict[int, Segment],
+    fresh: list[int],
+) -> Iterator[str]:
+    wrong = 0
+    for number in np.unique(locations["segment"]).tolist():
+        here = locations["segment"] == number
+        if number:
+            if number in segments:
+                wrong += _mismatches(keys[here], locations["row"][here], segments[number])
+            continue
+        for batch in np.unique(locations["batch"][here]).tolist():
+            mine = here & (locations["batch"] == batch)
+            rows = locations["row"][mine].astype(np.int64)
+            if batch in batches:
+                inside = rows < len(batches[batch])
+                wrong += int((~inside).sum())
+                wrong += int((batches[batch][rows[inside]] != keys[mine][inside]).any(1).sum())
+            elif batch not in fresh:
+                wrong += int(mine.sum())
+    if wrong:
+        yield f"{where}: {wrong} entries of the index point at other rows"
+
+
+def _mismatches(keys: np.ndarray, row: np.ndarray, segment: Segment) -> int:
+    rows = row.astype(np.int64)
+    inside = rows < segment.rows
+    return int((~inside).sum()) + int((segment.keys(rows[inside]) != keys[inside]).any(1).sum())
+
+
+if __name__ == "__main__":
+    try:
+        for found in walk_live(Path(sys.argv[1])):
+            print(json.dumps(found), flush=True)
+    except LiftError as error:
+        print(json.dumps(str(error)), flush=True)
+        print(json.dumps("checked: as far as it could be read"), flush=True)

@@ -1,11 +1,14 @@
 """The writer: the one process that adds to a cache.
 
-put       one durable LMDB transaction, acknowledged after its commit
+put       one durable LMDB transaction for all that wait, acknowledged after its commit
 seal      fresh rows → a sorted, immutable Arrow segment: write, fsync, rename, fsync the directory, and
-          only then one transaction that registers it, points the index at it and drops the fresh rows
-snapshot  seal, then an immutable view over all segments
+          only then is it registered: the index points at it, and the fresh rows are dropped
+compact   small segments → one larger; those it replaces are retired
+snapshot  seal, compact, then an immutable view over all segments
+merge     segments of another cache: linked where all of their rows are new, written anew otherwise
+gc        removes retired segments that no snapshot names; nothing else ever removes a sealed row
 open      deletes temporary names only; a segment that a crash left unregistered is adopted when it
-          proves itself, and moved to quarantine/ when it does not
+          proves itself, retired when others hold all of its rows, and moved to quarantine/ when it is wrong
 """
 
 from __future__ import annotations
@@ -16,7 +19,8 @@ import json
 import logging
 import os
 import threading
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +30,7 @@ import numpy as np
 import pyarrow as pa
 
 from lift_cache import files
+from lift_cache.compaction import choose, merge_bytes, merge_segments
 from lift_cache.encoding import Encoding
 from lift_cache.errors import BadConfig, CacheDamaged, CacheFull, CacheNotFound, LiftError
 from lift_cache.keys import KEY_BYTES, key_of_normalised, normalise
@@ -33,21 +38,32 @@ from lift_cache.live import LiveTier, SegmentRows
 from lift_cache.lock import WriterLock
 from lift_cache.recipe import Recipe
 from lift_cache.segment import (
+    CHECK_ROWS,
     Segment,
     SegmentInfo,
     StoredRows,
     captions_path,
     check_segment,
     row_checksums,
+    segment_bytes,
     segment_ids,
     segment_path,
     write_segment,
 )
-from lift_cache.snapshot import Snapshot, build_snapshot
+from lift_cache.snapshot import (
+    Snapshot,
+    build_snapshot,
+    find_snapshot,
+    load_manifest,
+    remove_snapshot,
+    snapshots_of,
+)
 
 log = logging.getLogger(__name__)
 
 SEGMENT_ROWS = 65_536
+GROUP_BYTES = 1 << 26
+"""Vectors that one commit takes; more wait for the next one."""
 
 
 @dataclass(frozen=True)
@@ -97,6 +113,40 @@ class CacheStats:
     size: int
 
 
+@dataclass(frozen=True)
+class Merged:
+    """What a compaction made: the new segment, and the ids of those whose place it took."""
+
+    info: SegmentInfo
+    replaced: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class MergeResult:
+    """Rows that another cache had and this one had not, rows that both had, and segments added."""
+
+    added: int
+    present: int
+    segments: int
+
+
+@dataclass(frozen=True)
+class Removed:
+    """A file that `gc` removed, and its bytes."""
+
+    path: Path
+    size: int
+
+
+class _Waiting:
+    """A put on its way to the disk."""
+
+    def __init__(self, rows: StoredRows) -> None:
+        self.rows = rows
+        self.stored: int | None = None
+        self.error: BaseException | None = None
+
+
 class CacheWriter:
     """A cache, open for adding. Thread-safe; at most one per cache on a machine."""
 
@@ -107,11 +157,12 @@ class CacheWriter:
         self.path, self.recipe, self.encoding = path, recipe, encoding
         self._lock = lock
         self._segment_rows = segment_rows
+        self._waiting: deque[_Waiting] = deque()
         self._put_turn = threading.Lock()
-        self._seal_turn = threading.Lock()
-        self._snapshot_turn = threading.Lock()
+        self._segment_turn = threading.RLock()
         self._sealer = ThreadPoolExecutor(1, thread_name_prefix="seal")
         self._sealing: Future[int] | None = None
+        self._published: tuple[SegmentInfo, list[int]] | None = None
         self._segments_dir = path / "segments"
         for directory in (path, self._segments_dir, path / "snapshots"):
             files.make_directory(directory)
@@ -121,6 +172,7 @@ class CacheWriter:
             self._opened = {
                 number: self._open_registered(info) for number, info in self._live.registry().items()
             }
+            self._finish_registrations()
             self._adopt_unregistered()
             self._fresh_count = self._live.fresh_counts()[0]
         except BaseException:
@@ -228,25 +280,35 @@ class CacheWriter:
         pending = found.copy()
         while pending.any():
             for batch in np.unique(locations["batch"][pending & (locations["segment"] == 0)]).tolist():
-                fresh = self._live.fresh_rows(batch)
-                if fresh is None:
-                    continue
                 here = pending & (locations["segment"] == 0) & (locations["batch"] == batch)
-                rows = fresh.take(locations["row"][here].astype(np.int64))
+                rows = self._live.fresh_rows(batch, locations["row"][here].astype(np.int64))
+                if rows is None:
+                    continue
                 self._require(rows, keys[here], batch)
                 stored[here], tokens[here], truncated[here] = rows.vectors, rows.tokens, rows.truncated
                 pending &= ~here
             for number in np.unique(locations["segment"][pending & (locations["segment"] != 0)]).tolist():
-                segment = self._opened[number]
+                segment = self._opened.get(number)
+                if segment is None:
+                    continue
                 here = pending & (locations["segment"] == number)
                 where = locations["row"][here].astype(np.int64)
+                if where.max() >= segment.rows:
+                    raise CacheDamaged(
+                        f"{self.path / 'live'} points beyond {segment.path}; run `lift-cache verify`"
+                    )
                 stored[here] = segment.gather(keys[here], where, check=True)
                 tokens[here] = segment.column("tokens", where)
                 truncated[here] = segment.column("truncated", where)
                 pending &= ~here
             if pending.any():
-                # A batch was sealed between the two looks: ask again where its rows are now.
+                # Sealed or compacted between the two looks: ask again where the rows are now.
+                before = locations[pending]
                 locations[pending] = self._live.locations(keys[pending])[1]
+                if np.array_equal(before, locations[pending]):
+                    raise CacheDamaged(
+                        f"{self.path / 'live'} points at rows that are not there; run `lift-cache verify`"
+                    )
         return Hits(found, self.encoding.decode(stored), tokens, truncated)
 
     def stats(self) -> CacheStats:
@@ -287,27 +349,52 @@ class CacheWriter:
                 keys[i] = np.frombuffer(key_of_normalised(text), np.uint8)
             texts.append(text)
         good = np.array([i not in rejected for i in range(len(texts))], bool)
-        with self._put_turn:
+        chosen = first_of_each(keys, good)
+        if not len(chosen):
+            return PutResult(0, 0, rejected)
+        chosen_keys, chosen_vectors = keys[chosen], stored[chosen]
+        waiting = _Waiting(
+            StoredRows(
+                chosen_keys,
+                chosen_vectors,
+                np.asarray(rows.tokens, np.int32)[chosen],
+                np.asarray(rows.truncated, bool)[chosen],
+                row_checksums(chosen_keys, chosen_vectors),
+                pa.array([texts[i] for i in chosen.tolist()], pa.large_string()),
+            )
+        )
+        self._waiting.append(waiting)
+        with self._put_turn:  # whoever comes first commits for all that wait by then
+            while waiting.stored is None and waiting.error is None:
+                self._commit_waiting()
+        if waiting.error is not None:
+            raise waiting.error
+        assert waiting.stored is not None
+        return PutResult(waiting.stored, int(good.sum()) - waiting.stored, rejected)
+
+    def _commit_waiting(self) -> None:
+        group = [self._waiting.popleft()]
+        size = group[0].rows.vectors.nbytes
+        while self._waiting and size + self._waiting[0].rows.vectors.nbytes <= GROUP_BYTES:
+            group.append(self._waiting.popleft())
+            size += group[-1].rows.vectors.nbytes
+        try:
             self._raise_failed_seal()
-            chosen = first_of_each(keys, good & ~self.contains(keys))
-            if len(chosen):
-                chosen_keys, chosen_vectors = keys[chosen], stored[chosen]
-                self._live.put(
-                    StoredRows(
-                        chosen_keys,
-                        chosen_vectors,
-                        np.asarray(rows.tokens, np.int32)[chosen],
-                        np.asarray(rows.truncated, bool)[chosen],
-                        row_checksums(chosen_keys, chosen_vectors),
-                        pa.array([texts[i] for i in chosen.tolist()], pa.large_string()),
-                    )
-                )
-                self._fresh_count += len(chosen)
-                if self._fresh_count >= self._segment_rows and (
-                    self._sealing is None or self._sealing.done()
-                ):
-                    self._sealing = self._sealer.submit(self.seal)
-        return PutResult(len(chosen), int(good.sum()) - len(chosen), rejected)
+            together = group[0].rows if len(group) == 1 else StoredRows.concatenate([w.rows for w in group])
+            first = first_of_each(together.keys, np.ones(len(together), bool))
+            stored = np.zeros(len(together), bool)
+            stored[first] = self._live.put(together if len(first) == len(together) else together.take(first))
+        except BaseException as error:
+            for waiting in group:
+                waiting.error = error
+            return
+        end = 0
+        for waiting in group:
+            start, end = end, end + len(waiting.rows)
+            waiting.stored = int(stored[start:end].sum())
+        self._fresh_count += int(stored.sum())
+        if self._fresh_count >= self._segment_rows and (self._sealing is None or self._sealing.done()):
+            self._sealing = self._sealer.submit(self.seal)
 
     def seal(self) -> int:
         """Move all rows that are fresh now into sealed segments; returns how many rows that was.
@@ -315,34 +402,185 @@ class CacheWriter:
         Puts go on meanwhile. Raises CacheFull: the fresh rows stay where they are.
         """
         sealed = 0
-        with self._seal_turn:
+        with self._segment_turn:
+            self._finish_registrations()
+            if self._published is not None:  # a segment that could not be registered when it was written
+                info, taken = self._published
+                if info.id not in {known.id for known in self._live.registry().values()}:
+                    self._register(info, sealed=taken)
+                self._published = None
+                sealed += info.rows
             numbers = self._live.fresh_numbers()
             while numbers:
                 parts: list[StoredRows] = []
-                taken: list[int] = []
+                taken = []
                 while numbers and sum(map(len, parts)) < self._segment_rows:
                     rows = self._live.require_fresh(numbers[0])
                     assert rows is not None
                     parts.append(rows)
                     taken.append(numbers.pop(0))
                 together = StoredRows.concatenate(parts)
+                assert together.captions is not None
+                need = segment_bytes(self.encoding, len(together), 0) + together.captions.nbytes
+                files.require_room(self._segments_dir, need, "sealing")
                 info = write_segment(self._segments_dir, self.recipe, self.encoding, together)
-                self._register(info, taken)
+                self._published = info, taken
+                self._register(info, sealed=taken)
+                self._published = None
                 sealed += len(together)
         return sealed
 
-    def snapshot(self) -> Snapshot:
-        """Seal everything and make an immutable view of it for trainers.
+    def compact(
+        self, *, everything: bool = False, progress: Callable[[int], None] = lambda _: None
+    ) -> list[Merged]:
+        """Merge small segments, where there are more than a cache of this size should have.
+
+        Puts and reads go on meanwhile. The files of the segments that were merged stay, until `gc`.
+
+        Args:
+            everything: merge all segments into as few as may be.
+            progress: called with the rows that were read.
+
+        Raises:
+            CacheFull: no room for a merged copy; what was there is as it was.
+            CacheDamaged: a segment cannot be read.
+        """
+        done = []
+        with self._segment_turn:
+            self._finish_registrations()
+            registry = self._live.registry()
+            number_of = {info.id: number for number, info in registry.items()}
+            for group in choose(list(registry.values()), everything=everything):
+                files.require_room(self._segments_dir, merge_bytes(self.encoding, group), "compacting")
+                ids = [info.id for info in sorted(group, key=lambda info: number_of[info.id])]
+                info = merge_segments(self._segments_dir, self.recipe, self.encoding, ids, progress=progress)
+                assert info is not None
+                self._register(info, replaced=[number_of[segment_id] for segment_id in ids])
+                done.append(Merged(info, tuple(ids)))
+        return done
+
+    def snapshot(self, progress: Callable[[int], None] = lambda _: None) -> Snapshot:
+        """Seal everything, compact, and make an immutable view of it for trainers.
+
+        Args:
+            progress: called with the rows that were merged or indexed.
 
         Raises:
             CacheFull, CacheDamaged.
         """
         with self._put_turn:
             self._raise_failed_seal()
-        with self._snapshot_turn:
+        with self._segment_turn:
             self.seal()
+            try:
+                self.compact(progress=progress)
+            except CacheFull as error:  # a snapshot over many segments is slower to open, and as right
+                log.warning("the snapshot is made without compacting: %s", error)
             segments = list(self._live.registry().values())
-            return build_snapshot(self.path, self.recipe, self.encoding, segments, self.provenance())
+            return build_snapshot(
+                self.path, self.recipe, self.encoding, segments, self.provenance(), progress
+            )
+
+    def remove_snapshot(self, snapshot_id: str) -> str:
+        """Remove a snapshot (its id or the beginning of it); returns its id. Raises CacheNotFound."""
+        with self._segment_turn:
+            found = find_snapshot(self.path, snapshot_id)
+            remove_snapshot(self.path, found)
+            return found
+
+    def keep_snapshots(self, newest: int) -> list[str]:
+        """Remove all snapshots but the newest `newest`; returns the ids of those removed."""
+        with self._segment_turn:
+            have = snapshots_of(self.path)
+            gone = have[: max(0, len(have) - newest)]
+            for snapshot_id in gone:
+                remove_snapshot(self.path, snapshot_id)
+            return gone
+
+    def gc(self, *, dry_run: bool = False) -> list[Removed]:
+        """Remove segments that others have taken the place of and that no snapshot names.
+
+        Raises:
+            CacheDamaged: a snapshot cannot be read, so that it is not known what it names.
+        """
+        with self._segment_turn:
+            named = {
+                info.id
+                for snapshot_id in snapshots_of(self.path)
+                for info in load_manifest(self.path, snapshot_id).segments
+            }
+            registered = {info.id for info in self._live.registry().values()}
+            ids = sorted(self._live.retired() - named - registered)
+            paths = [
+                path
+                for segment_id in ids
+                for path in (
+                    segment_path(self._segments_dir, segment_id),
+                    captions_path(self._segments_dir, segment_id),
+                )
+                if path.exists()
+            ]
+            if not self._published:  # captions whose segment was never published
+                paths += [
+                    path
+                    for path in sorted(self._segments_dir.glob("*.captions.arrow"))
+                    if not path.with_name(path.name.replace(".captions", "")).exists()
+                ]
+            removed = [Removed(path, path.stat().st_size) for path in paths]
+            if not dry_run:
+                for path in paths:
+                    path.unlink()
+                files.sync_directory(self._segments_dir)
+                self._live.forget_retired(ids)
+            return removed
+
+    def merge(
+        self, source: str | os.PathLike[str], progress: Callable[[int], None] = lambda _: None
+    ) -> MergeResult:
+        """Add what another cache, or a directory of segments, has; a caption that is here keeps its vector.
+
+        Args:
+            progress: called with the rows that were read.
+
+        Raises:
+            CacheNotFound: no segments there.
+            RecipeMismatch, EncodingMismatch: they were made otherwise; nothing was added.
+            CacheDamaged: a segment does not prove itself; nothing was added.
+            BadConfig: the source is this cache, or has rows that are not sealed.
+            CacheFull, CacheLocked.
+        """
+        with self._segment_turn, open_source(Path(source), self.path) as directory:
+            segments = [
+                self._require_ours(check_segment(directory, segment_id, need_captions=False))
+                for segment_id in segment_ids(directory)
+            ]
+            files.require_room(
+                self._segments_dir,
+                sum(segment_bytes(self.encoding, segment.rows) for segment in segments),
+                "a merge",
+            )
+            before, rows, added = self.rows, sum(segment.rows for segment in segments), 0
+            for segment in segments:
+                info: SegmentInfo | None = segment.info()
+                present = self._present(segment)
+                if present == segment.rows:
+                    continue
+                if present:
+                    info = merge_segments(
+                        self._segments_dir,
+                        self.recipe,
+                        self.encoding,
+                        [segment.id],
+                        wanted=lambda keys: ~self.contains(keys),
+                        progress=progress,
+                        source=directory,
+                    )
+                elif segment.id not in segment_ids(self._segments_dir):
+                    self._take_in(segment)
+                if info is not None:
+                    self._register(info)
+                    added += 1
+            return MergeResult(self.rows - before, rows - (self.rows - before), added)
 
     def provenance(self) -> list[dict[str, Any]]:
         """What has written to this cache, in the order of first use."""
@@ -368,23 +606,32 @@ class CacheWriter:
                 f"{self.path / 'live'}: batch {batch} fails its checksums; run `lift-cache verify`"
             )
 
-    def _register(self, info: SegmentInfo, sealed: Sequence[int]) -> None:
+    def _register(
+        self, info: SegmentInfo, *, sealed: Sequence[int] = (), replaced: Sequence[int] = ()
+    ) -> None:
         segment = Segment(self._segments_dir, info.id)
-        every = np.arange(segment.rows)
-        rows = SegmentRows(
-            segment.keys(), segment.column("tokens", every), segment.column("truncated", every)
-        )
-        with self._put_turn:
-            # Open before the index points at it: a get that follows the index must find it.
-            number = 1 + max(self._opened, default=0)
+
+        def announce(number: int) -> None:
+            # Before the index points at it: a get that follows the index must find it. It stays in the table
+            # when the transaction fails, since that may have reached the disk all the same.
             self._opened[number] = segment
-            try:
-                registered = self._live.register(info, rows, sealed)
-            except BaseException:
-                del self._opened[number]
-                raise
-            assert registered == number
+
+        self._live.register(info, _rows_of(segment), announce, sealed=sealed, replaced=replaced)
+        for old in replaced:
+            self._opened.pop(old, None)
+        with self._put_turn:
             self._fresh_count = self._live.fresh_counts()[0]
+
+    def _finish_registrations(self) -> None:
+        """Take up what a crash or a failed write cut off."""
+        registry = self._live.registry()
+        for number in self._live.pending():
+            info = registry[number]
+            segment = self._opened.setdefault(number, Segment(self._segments_dir, info.id))
+            self._live.resume(number, info, _rows_of(segment))
+        current = self._live.registry()
+        for number in set(registry) - set(current):
+            self._opened.pop(number, None)
 
     def _open_registered(self, info: SegmentInfo) -> Segment:
         path = segment_path(self._segments_dir, info.id)
@@ -396,28 +643,30 @@ class CacheWriter:
         return Segment(self._segments_dir, info.id)
 
     def _adopt_unregistered(self) -> None:
-        known = {segment.id for segment in self._opened.values()}
+        leave = {segment.id for segment in self._opened.values()} | self._live.retired()
+        unknown = [segment_id for segment_id in segment_ids(self._segments_dir) if segment_id not in leave]
+        # Large ones first: those that they were merged from have nothing to add then.
+        unknown.sort(key=lambda name: -segment_path(self._segments_dir, name).stat().st_size)
         adopted = False
-        for segment_id in segment_ids(self._segments_dir):
-            if segment_id in known:
-                continue
+        for segment_id in unknown:
             try:
-                segment = check_segment(self._segments_dir, segment_id, need_captions=False)
-                self.recipe.require_same(segment.recipe, here=f"cache {self.path}", there=segment.path.name)
-                self.encoding.require_same(
-                    segment.encoding, here=f"cache {self.path}", there=segment.path.name
+                segment = self._require_ours(
+                    check_segment(self._segments_dir, segment_id, need_captions=False)
                 )
+                if disagreeing := self._disagreeing(segment):
+                    raise CacheDamaged(
+                        f"it holds other vectors for {disagreeing} captions than were acknowledged"
+                    )
             except LiftError as error:
                 self._quarantine(segment_id, str(error))
                 continue
-            if disagreeing := self._disagreeing(segment):
-                reason = f"it holds other vectors for {disagreeing} captions than were acknowledged"
-                self._quarantine(segment_id, reason)
-                continue
             try:
-                self._register(segment.info(), ())
+                if self._sealed_elsewhere(segment):
+                    self._live.retire([segment_id])
+                    continue
+                self._register(segment.info())
             except CacheFull:
-                if not self.contains(segment.keys()).all():
+                if self._present(segment) < segment.rows:
                     raise
                 # A full disk must not keep what is here from being read; the next opening adopts it.
                 log.warning("segment %s is not adopted: the disk is full; its rows are in live/", segment_id)
@@ -427,11 +676,40 @@ class CacheWriter:
         if adopted:
             self._live.drop_sealed_batches()
 
+    def _require_ours(self, segment: Segment) -> Segment:
+        """Raises RecipeMismatch, EncodingMismatch."""
+        self.recipe.require_same(segment.recipe, here=f"cache {self.path}", there=str(segment.path))
+        self.encoding.require_same(segment.encoding, here=f"cache {self.path}", there=str(segment.path))
+        return segment
+
+    def _present(self, segment: Segment) -> int:
+        """Rows of a segment whose captions are in the cache."""
+        return sum(int(self.contains(keys).sum()) for keys in _key_chunks(segment))
+
+    def _sealed_elsewhere(self, segment: Segment) -> bool:
+        """Whether registered segments hold every row of it."""
+        for keys in _key_chunks(segment):
+            found, locations = self._live.locations(keys)
+            if not (found & (locations["segment"] != 0)).all():
+                return False
+        return True
+
     def _disagreeing(self, segment: Segment) -> int:
         """Captions for which a segment has another vector than the cache answers."""
-        hits = self.get(segment.keys())
-        theirs = self.encoding.decode(segment.vectors(np.arange(segment.rows)))
-        return int((hits.found & (hits.vectors != theirs).any(1)).sum())
+        wrong = 0
+        for start in range(0, segment.rows, CHECK_ROWS):
+            rows = segment.slice(start, min(start + CHECK_ROWS, segment.rows), captions=False)
+            hits = self.get(rows.keys)
+            wrong += int((hits.found & (hits.vectors != self.encoding.decode(rows.vectors)).any(1)).sum())
+        return wrong
+
+    def _take_in(self, segment: Segment) -> None:
+        """Give a segment of another directory a name here; captions first."""
+        if segment.has_captions:
+            files.link_or_copy(
+                captions_path(segment.directory, segment.id), captions_path(self._segments_dir, segment.id)
+            )
+        files.link_or_copy(segment.path, segment_path(self._segments_dir, segment.id))
 
     def _quarantine(self, segment_id: str, reason: str) -> None:
         where = self.path / "quarantine"
@@ -469,3 +747,58 @@ def first_of_each(keys: np.ndarray, wanted: np.ndarray) -> np.ndarray:
     for i in np.flatnonzero(wanted).tolist():
         first.setdefault(keys[i].tobytes(), i)
     return np.fromiter(first.values(), np.int64, len(first))
+
+
+def _rows_of(segment: Segment) -> Callable[[int, int], SegmentRows]:
+    def rows_at(start: int, stop: int) -> SegmentRows:
+        rows = np.arange(start, stop)
+        return SegmentRows(
+            segment.key_slice(start, stop),
+            segment.column("tokens", rows),
+            segment.column("truncated", rows),
+        )
+
+    return rows_at
+
+
+def _key_chunks(segment: Segment) -> Iterator[np.ndarray]:
+    for start in range(0, segment.rows, CHECK_ROWS):
+        yield segment.key_slice(start, min(start + CHECK_ROWS, segment.rows))
+
+
+@contextlib.contextmanager
+def open_source(source: Path, cache: Path) -> Iterator[Path]:
+    """The directory of segments of what is to be merged; a cache is locked meanwhile.
+
+    Raises:
+        CacheNotFound, BadConfig, CacheLocked, CacheDamaged.
+    """
+    if not source.is_dir():
+        raise CacheNotFound(f"{source} is not a directory; name a cache, or a directory of segments")
+    if source.resolve() in (cache.resolve(), (cache / "segments").resolve()):
+        raise BadConfig(f"{source} is the cache itself; name another to merge into it")
+    directory = source / "segments" if (source / "segments").is_dir() else source
+    if not segment_ids(directory):
+        raise CacheNotFound(f"{source} has no segments; a cache that was filled has, after `lift-cache seal`")
+    if not (source / "live").is_dir():
+        yield directory
+        return
+    lock = WriterLock(source)
+    try:
+        live = LiveTier(
+            source / "live",
+            Recipe.load(source / "recipe.json").fingerprint,
+            Encoding.load(source / "encoding.json"),
+            readonly=True,
+        )
+        try:
+            fresh = live.fresh_counts()[0]
+        finally:
+            live.close()
+        if fresh:
+            raise BadConfig(
+                f"{source} has {fresh} rows that are not sealed; run `lift-cache seal {source}` first"
+            )
+        yield directory
+    finally:
+        lock.release()

@@ -14,9 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 CachePath = Annotated[Path, Parameter(help="The cache directory.")]
 Location = Annotated[str, Parameter(help="The cache directory, or DIRECTORY@SNAPSHOT for an older snapshot.")]
-AsJson = Annotated[
-    bool, Parameter(name="--json", negative="", help="Print one JSON object instead of text.")
-]
+AsJson = Annotated[bool, Parameter(name="--json", negative="", help="Print one JSON object instead of text.")]
 
 
 def say(as_json: bool, values: Mapping[str, Any], text: str) -> None:

@@ -33,12 +33,13 @@ from lift_cache.errors import (
     UnsafeFileSystem,
     UnsupportedFormat,
 )
+from lift_cache.index import OpenIndex, prefix_bits
 from lift_cache.keys import caption_keys
 from lift_cache.live import LiveTier
 from lift_cache.reader import CacheReader
 from lift_cache.recipe import Recipe
 from lift_cache.segment import segment_ids
-from lift_cache.snapshot import prefix_bits, snapshots_of
+from lift_cache.snapshot import snapshots_of
 from lift_cache.verify import verify
 from lift_cache.writer import CacheWriter, Rows
 
@@ -344,20 +345,18 @@ def test_lookup_agrees_with_a_dictionary(
     )
 
 
-def test_keys_that_share_their_first_half_are_told_apart(tmp_path: Path) -> None:
-    reader = object.__new__(CacheReader)
-    low = np.array([3, 5, 9, 1], np.uint64)
-    high = np.array([7, 7, 7, 2**63], np.uint64)
+def test_keys_that_share_their_first_half_are_told_apart() -> None:
+    def keys_of(pairs: list[tuple[int, int]]) -> np.ndarray:
+        data = b"".join(high.to_bytes(8) + low.to_bytes(8) for high, low in pairs)
+        return np.frombuffer(data, np.uint8).reshape(-1, 16)
+
+    held = [(7, 3), (7, 5), (7, 9), (2**63, 1)]
     bits = prefix_bits(4)
-    reader._high, reader._low = high, low
-    reader._first = np.searchsorted(high >> np.uint64(64 - bits), np.arange(2**bits + 1, dtype=np.uint64))
-    reader._shift = np.uint64(64 - bits)
-    reader._halvings = 3
-    pairs = [(7, 3), (7, 5), (7, 9), (7, 4), (7, 10), (7, 0), (2**63, 1), (2**63, 2), (0, 0), (2**64 - 1, 1)]
-    keys = np.frombuffer(
-        b"".join(high.to_bytes(8) + low.to_bytes(8) for high, low in pairs), np.uint8
-    ).reshape(-1, 16)
-    assert reader.lookup(keys).tolist() == [0, 1, 2, -1, -1, -1, 3, -1, -1, -1]
+    high = np.array([pair[0] for pair in held], np.uint64)
+    first = np.searchsorted(high >> np.uint64(64 - bits), np.arange(2**bits + 1, dtype=np.uint64))
+    index = OpenIndex(keys_of(held), np.arange(4, dtype=np.uint64), first, bits, "the index")
+    asked = [*held, (7, 4), (7, 10), (7, 0), (2**63, 2), (0, 0), (2**64 - 1, 1)]
+    assert index.lookup(keys_of(asked)).tolist() == [0, 1, 2, 3, -1, -1, -1, -1, -1, -1]
 
 
 # Damage
@@ -403,7 +402,7 @@ def test_verify_reads_rows_that_are_not_sealed_and_changes_nothing(
     whole = data.read_bytes()
     at = whole.find(drawn[17].astype(np.float16).tobytes())
     data.write_bytes(whole[: at + 2] + bytes([whole[at + 2] ^ 8]) + whole[at + 3 :])
-    assert "fails its checksums" in verify(tmp_path / "cache").problems[-1]
+    assert "fails its checksum" in verify(tmp_path / "cache").problems[-1]
     with (
         CacheWriter.open(tmp_path / "cache") as writer,
         pytest.raises(CacheDamaged, match="fails its checksums"),
@@ -504,8 +503,8 @@ def test_a_missing_segment_is_named_by_reader_and_writer(
 def test_a_newer_format_is_said_to_be_newer(tmp_path: Path, recipe: Recipe, vectors: Vectors) -> None:
     fill(tmp_path / "cache", recipe, vectors(10))
     manifest = next((tmp_path / "cache" / "snapshots").glob("*/manifest.json"))
-    manifest.write_text(manifest.read_text().replace('"format": 1', '"format": 2'))
-    with pytest.raises(UnsupportedFormat, match="format version 2"):
+    manifest.write_text(manifest.read_text().replace('"format": 2', '"format": 3'))
+    with pytest.raises(UnsupportedFormat, match="format version 3"):
         CacheReader(tmp_path / "cache")
 
 
@@ -519,7 +518,9 @@ def test_a_seal_that_cannot_be_registered_is_tried_again_and_loses_nothing(
     with CacheWriter.open(tmp_path / "cache", recipe) as writer:
         writer.put(rows_of(names(10), drawn[:10]))
         with monkeypatch.context() as fault:
-            fault.setattr(LiveTier, "register", lambda *_: (_ for _ in ()).throw(CacheFull("no space left")))
+            fault.setattr(
+                LiveTier, "register", lambda *_, **__: (_ for _ in ()).throw(CacheFull("no space left"))
+            )
             with pytest.raises(CacheFull):
                 writer.seal()
         writer.put(rows_of(names(10, 10), drawn[10:]))
@@ -581,7 +582,7 @@ def test_a_cache_that_another_process_created_meanwhile_keeps_its_recipe(
     assert Recipe.load(tmp_path / "cache" / "recipe.json").pooling == "mean"
 
 
-@pytest.mark.parametrize("damaged", ["manifest.json", "index.arrow", "prefix.arrow"])
+@pytest.mark.parametrize("damaged", ["manifest.json", "index-0.arrow", "prefix-0.arrow"])
 def test_a_damaged_snapshot_is_replaced_by_making_a_new_one(
     damaged: str, tmp_path: Path, recipe: Recipe, vectors: Vectors
 ) -> None:
@@ -607,7 +608,9 @@ def test_closing_twice_and_after_a_failed_seal_frees_the_cache(
 ) -> None:
     writer = CacheWriter.open(tmp_path / "cache", recipe, segment_rows=5)
     with monkeypatch.context() as fault:
-        fault.setattr(LiveTier, "register", lambda *_: (_ for _ in ()).throw(OSError("input/output error")))
+        fault.setattr(
+            LiveTier, "register", lambda *_, **__: (_ for _ in ()).throw(OSError("input/output error"))
+        )
         writer.put(rows_of(names(10), vectors(10)))
         writer.close()
     writer.close()

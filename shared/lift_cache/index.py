@@ -1,0 +1,324 @@
+"""The index of a snapshot: sorted caption keys → where their rows are.
+
+    index-<k>.arrow    key · location (segment in the upper, row in the lower 32 bits)
+    prefix-<k>.arrow   for every value of the keys' leading bits, the first row of the index that has it
+
+Keys are hashes, so about one key shares an entry of the prefix table: a lookup is one read of the table and
+one or two of the index, vectorised. An index is built range by range of the key space, in memory that does not
+grow with it. A large snapshot has a base and a few deltas (k = 0, 1, …), so that a new snapshot of a large cache
+does not write the whole index again; a key is in one of them only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+from pydantic import BaseModel, ConfigDict
+
+from lift_cache import files
+from lift_cache.errors import CacheDamaged
+from lift_cache.keys import KEY_BYTES, halves
+from lift_cache.segment import Segment, binary_array, binary_values
+
+INDEX_SCHEMA = pa.schema([("key", pa.binary(KEY_BYTES)), ("location", pa.uint64())])
+ROW_BYTES = KEY_BYTES + 8 + 4
+"""Bytes of index per caption, the prefix table among it."""
+
+RANGE_ROWS = 1 << 20
+"""Rows of one range while an index is built: about 100 bytes of memory each."""
+
+MAX_BITS = 40
+PROBES = 10_000
+
+
+class FileInfo(BaseModel):
+    """Size in bytes and BLAKE2b-128 digest of a file."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    size: int
+    digest: str
+
+
+class IndexPart(BaseModel):
+    """The base (number 0) or a delta. `segments` are ids; a location's segment is a position in this list."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    rows: int
+    tokens: int
+    truncated: int
+    prefix_bits: int
+    segments: tuple[str, ...]
+    index: FileInfo
+    prefix: FileInfo
+
+
+def index_name(number: int) -> str:
+    return f"index-{number}.arrow"
+
+
+def prefix_name(number: int) -> str:
+    return f"prefix-{number}.arrow"
+
+
+class OpenIndex:
+    """One part of an index.
+
+    Attributes:
+        rows: number of keys.
+    """
+
+    def __init__(
+        self, keys: np.ndarray, location: np.ndarray, first: np.ndarray, bits: int, where: str
+    ) -> None:
+        """Use `OpenIndex.open` or `OpenIndex.over`.
+
+        Args:
+            keys: uint8 [n, 16], ascending.
+            location: uint64 [n].
+            first: uint32 or uint64 [2**bits + 1].
+        """
+        self.rows = len(keys)
+        self._keys, self._location, self._first = keys.view(np.uint64), location, first
+        self._shift, self._where = np.uint64(64 - bits), where
+
+    @classmethod
+    def open(cls, directory: Path, number: int, part: IndexPart) -> OpenIndex:
+        """Map a part of a snapshot. Raises CacheDamaged: a file is missing, of another size, or not an index."""
+        path = directory / index_name(number)
+        batch = _read_batch(path, part.index.size)
+        table = _read_batch(directory / prefix_name(number), part.prefix.size)
+        try:
+            keys = binary_values(batch.column("key"))
+            location, first = batch.column("location").to_numpy(), table.column("first").to_numpy()
+        except (KeyError, ValueError):
+            raise CacheDamaged(f"{path} is not an index; make a new snapshot") from None
+        if len(keys) != part.rows or len(first) != 2**part.prefix_bits + 1:
+            raise CacheDamaged(f"{path} has other rows than its manifest says; make a new snapshot")
+        return cls(keys, location, first, part.prefix_bits, str(path))
+
+    @classmethod
+    def over(cls, segments: Sequence[Segment]) -> OpenIndex:
+        """Make an index of segments in memory."""
+        ranges = list(merged_ranges(segments))
+        keys = np.concatenate([np.zeros((0, KEY_BYTES), np.uint8), *(part.keys for part in ranges)])
+        location = np.concatenate([np.zeros(0, np.uint64), *(part.location for part in ranges)])
+        bits = prefix_bits(len(keys))
+        bucket = halves(keys)[0] >> np.uint64(64 - bits)
+        first = np.searchsorted(bucket, np.arange(2**bits + 1, dtype=np.uint64))
+        return cls(keys, location, first.astype(np.uint64), bits, "the index")
+
+    def lookup(self, keys: np.ndarray) -> np.ndarray:
+        """Rows of keys (uint8 [n, 16]), -1 where there is none: int64 [n].
+
+        Raises:
+            CacheDamaged: the prefix table cannot be right.
+        """
+        found = np.full(len(keys), -1, np.int64)
+        if not self.rows or not len(keys):
+            return found
+        wanted = np.ascontiguousarray(keys).view(np.uint64)
+        bucket = wanted[:, 0].byteswap() >> self._shift
+        at = self._first.take(bucket.view(np.int64)).astype(np.int64)
+        end = self._first.take((bucket + np.uint64(1)).view(np.int64)).astype(np.int64)
+        if (end > self.rows).any():
+            raise CacheDamaged(f"{self._where} has a prefix table of another index; make a new snapshot")
+        asked = np.flatnonzero(at < end)
+        if len(asked) < len(keys):
+            at, end, wanted = at[asked], end[asked], wanted[asked]
+        for _ in range(PROBES):
+            if not len(asked):
+                return found
+            there = self._keys.take(at, axis=0)
+            same = (there[:, 0] == wanted[:, 0]) & (there[:, 1] == wanted[:, 1])
+            found[asked[same]] = at[same]
+            at += 1
+            on = np.flatnonzero(~same & (at < end))
+            asked, at, end, wanted = asked[on], at[on], end[on], wanted[on]
+        raise CacheDamaged(f"{self._where} has a prefix table of another index; make a new snapshot")
+
+    def locations(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Where rows are: position of the segment in the part's list int64 [n], row in it int64 [n]."""
+        location = self._location.take(rows)
+        return (location >> np.uint64(32)).view(np.int64), (location & np.uint64(0xFFFFFFFF)).view(np.int64)
+
+    def keys(self, rows: np.ndarray) -> np.ndarray:
+        """Keys of rows: uint8 [n, 16]."""
+        return self._keys.take(rows, axis=0).view(np.uint8).reshape(-1, KEY_BYTES)
+
+
+@dataclass(frozen=True)
+class Range:
+    """Rows of the index whose keys share their leading bits, in ascending order of key.
+
+    keys uint8 [n, 16] · high uint64 [n] · location uint64 [n] · tokens int32 [n] · truncated bool [n].
+    """
+
+    keys: np.ndarray
+    high: np.ndarray
+    location: np.ndarray
+    tokens: np.ndarray
+    truncated: np.ndarray
+
+    def take(self, rows: np.ndarray) -> Range:
+        return Range(
+            self.keys[rows], self.high[rows], self.location[rows], self.tokens[rows], self.truncated[rows]
+        )
+
+
+def merged_ranges(
+    segments: Sequence[Segment], progress: Callable[[int], None] = lambda _: None
+) -> Iterator[Range]:
+    """Keys of several segments in one ascending order, range by range; of equal keys the first segment's.
+
+    Args:
+        progress: called with the rows that were read.
+    """
+    if not segments:
+        return
+    total = sum(segment.rows for segment in segments)
+    bits = range_bits(total)
+    starts = [0] * len(segments)
+    for number in range(2**bits):
+        bound = (number + 1) << (64 - bits)
+        ends = [segment.rows if number + 1 == 2**bits else segment.first_from(bound) for segment in segments]
+        keys = np.concatenate(
+            [segment.key_slice(a, b) for segment, a, b in zip(segments, starts, ends, strict=True)]
+        )
+        rows = [np.arange(a, b) for a, b in zip(starts, ends, strict=True)]
+        starts = ends
+        if not len(keys):
+            continue
+        progress(len(keys))
+        location = np.concatenate([row.astype(np.uint64) | np.uint64(s << 32) for s, row in enumerate(rows)])
+        tokens = np.concatenate([s.column("tokens", row) for s, row in zip(segments, rows, strict=True)])
+        truncated = np.concatenate(
+            [s.column("truncated", row) for s, row in zip(segments, rows, strict=True)]
+        )
+        high, low = halves(keys)
+        order = np.lexsort((low, high))  # stable: of equal keys the first segment's comes first
+        high, low = high[order], low[order]
+        first = np.ones(len(order), bool)
+        first[1:] = (high[1:] != high[:-1]) | (low[1:] != low[:-1])
+        order = order[first]
+        yield Range(keys[order], high[first], location[order], tokens[order], truncated[order])
+
+
+def range_bits(rows: int) -> int:
+    """Leading bits that split the key space so that a range has at most about `RANGE_ROWS` keys."""
+    return max(0, (rows // RANGE_ROWS).bit_length())
+
+
+def prefix_bits(rows: int) -> int:
+    """Leading bits in the prefix table, so that one to two keys share an entry."""
+    return min(MAX_BITS, max(1, range_bits(rows), rows.bit_length() - 1))
+
+
+def build_index(
+    directory: Path,
+    number: int,
+    segments: Sequence[Segment],
+    known: Callable[[np.ndarray], np.ndarray] | None = None,
+    progress: Callable[[int], None] = lambda _: None,
+) -> IndexPart:
+    """Write one part of an index durably into a directory that is not a snapshot yet.
+
+    Args:
+        known: keys uint8 [n, 16] → bool [n], which of them an earlier part has; they are left out.
+        progress: called with the rows that were read.
+
+    Raises:
+        CacheFull, CacheDamaged.
+    """
+    bits = prefix_bits(sum(segment.rows for segment in segments))
+    wide = np.dtype(np.uint64 if sum(segment.rows for segment in segments) >= 2**32 else np.uint32)
+    scratch = [directory / f"{files.TEMPORARY}{number}-{name}" for name in ("key", "location", "first")]
+    rows = tokens = truncated = entries = 0
+    try:
+        with (
+            scratch[0].open("wb") as key_file,
+            scratch[1].open("wb") as location_file,
+            scratch[2].open("wb") as first_file,
+        ):
+            for found in merged_ranges(segments, progress):
+                part = found if known is None else found.take(np.flatnonzero(~known(found.keys)))
+                if not len(part.keys):
+                    continue
+                bucket = (part.high >> np.uint64(64 - bits)).astype(np.int64)
+                last = int(bucket[-1])
+                # Entry b is the first row whose leading bits are at least b.
+                first = rows + np.searchsorted(bucket, np.arange(entries, last + 1))
+                first_file.write(first.astype(wide).tobytes())
+                entries = last + 1
+                key_file.write(part.keys.tobytes())
+                location_file.write(part.location.tobytes())
+                rows += len(part.keys)
+                tokens += int(part.tokens.sum(dtype=np.int64))
+                truncated += int(part.truncated.sum())
+            for start in range(entries, 2**bits + 1, RANGE_ROWS):
+                stop = min(start + RANGE_ROWS, 2**bits + 1)
+                first_file.write(np.full(stop - start, rows, wide).tobytes())
+        key, location, first = (
+            _mapped(path, dtype)
+            for path, dtype in zip(scratch, (np.dtype(np.uint8), np.dtype(np.uint64), wide), strict=True)
+        )
+        index = pa.RecordBatch.from_arrays(
+            [binary_array(key.reshape(-1, KEY_BYTES)), pa.array(location)], schema=INDEX_SCHEMA
+        )
+        table = pa.RecordBatch.from_arrays([pa.array(first)], names=["first"])
+        return IndexPart(
+            rows=rows,
+            tokens=tokens,
+            truncated=truncated,
+            prefix_bits=bits,
+            segments=tuple(segment.id for segment in segments),
+            index=_write_batch(directory / index_name(number), index),
+            prefix=_write_batch(directory / prefix_name(number), table),
+        )
+    finally:
+        for path in scratch:
+            path.unlink(missing_ok=True)
+
+
+def _mapped(path: Path, dtype: np.dtype) -> np.ndarray:
+    if not path.stat().st_size:
+        return np.zeros(0, dtype)
+    return np.frombuffer(np.memmap(path, dtype, "r"), dtype)
+
+
+def _write_batch(path: Path, batch: pa.RecordBatch) -> FileInfo:
+    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, batch.schema) as writer:
+        writer.write_batch(batch)
+    files.sync_file(path)
+    return file_info(path)
+
+
+def _read_batch(path: Path, size: int) -> pa.RecordBatch:
+    try:
+        if path.stat().st_size != size:
+            raise CacheDamaged(f"{path} is not {size} bytes; restore it from a copy or make a new snapshot")
+        return pa.ipc.open_file(pa.memory_map(str(path), "r")).get_batch(0)
+    except FileNotFoundError:
+        raise CacheDamaged(f"{path} is missing; restore it from a copy or make a new snapshot") from None
+    except PermissionError:
+        raise
+    except (OSError, pa.ArrowException, IndexError) as error:
+        raise CacheDamaged(f"{path} cannot be read ({error}); make a new snapshot") from None
+
+
+def file_info(path: Path) -> FileInfo:
+    """Read a file whole. Raises OSError."""
+    return FileInfo(size=path.stat().st_size, digest=files.digest_file(path))
+
+
+def require_file(path: Path, info: FileInfo) -> None:
+    """Read every byte of a file. Raises CacheDamaged: it is missing, or not what was written."""
+    if not path.is_file() or files.digest_file(path) != info.digest:
+        raise CacheDamaged(
+            f"{path} is missing or its bytes are not those that were written; make a new snapshot"
+        )
