@@ -101,25 +101,34 @@ def _verify_live(path: Path, problems: list[str]) -> str:
     except OSError as error:
         return f"not checked: the writer's lock cannot be taken here ({error.strerror})"
     try:
-        # In a process of its own: LMDB trusts its pages, and one that is damaged can end the process.
-        walk = subprocess.run(
-            [sys.executable, "-m", "lift_cache.verify", str(path)],
-            check=False,
-            capture_output=True,
-            text=True,
-        )
+        found = live_problems(path)
     finally:
         lock.release()
-    found = [json.loads(line) for line in walk.stdout.splitlines() if line.startswith('"')]
-    problems += [line for line in found if not line.startswith("checked: ")]
-    if walk.returncode or not found or not found[-1].startswith("checked: "):
-        said = walk.stderr.strip().splitlines()[-1:] or [f"the check ended with status {walk.returncode}"]
-        problems.append(
-            f"{path / 'live'} is damaged ({said[0]}); move that directory away to rebuild it from the sealed "
-            "segments (rows that were not sealed yet are embedded again)"
-        )
-        return "cannot be read"
-    return str(found[-1])
+    problems += found[:-1]
+    return found[-1]
+
+
+def live_problems(path: Path) -> list[str]:
+    """Walk the live tier in a process of its own: LMDB trusts its pages, and a damaged one can end the process.
+
+    For a caller that holds the writer's lock.
+
+    Returns:
+        What is wrong, a line each; the last line says what was checked.
+    """
+    walk = subprocess.run(
+        [sys.executable, "-m", "lift_cache.verify", str(path)], check=False, capture_output=True, text=True
+    )
+    found: list[str] = [json.loads(line) for line in walk.stdout.splitlines() if line.startswith('"')]
+    if not walk.returncode and found and found[-1].startswith("checked: "):
+        return found
+    said = walk.stderr.strip().splitlines()[-1:] or [f"the check ended with status {walk.returncode}"]
+    return [
+        *found,
+        f"{path / 'live'} is damaged ({said[0]}); `lift-cache repair` rebuilds it from the sealed segments "
+        "(rows that were not sealed yet may have to be embedded again)",
+        "cannot be read",
+    ]
 
 
 def walk_live(path: Path) -> Iterator[str]:

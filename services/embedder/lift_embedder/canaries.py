@@ -21,6 +21,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from lift_cache.errors import BadCaption, CacheDamaged
 from lift_cache.files import write_atomic
 from lift_cache.keys import caption_keys
+from lift_cache.recipe import MOST_DRIFT
 from lift_cache.segment import Segment, segment_ids
 from lift_cache.writer import CacheWriter
 from lift_embedder.engines import Engine
@@ -40,10 +41,6 @@ PAIRS = (
     ("🍎 on a table under a lamp", "🍎 under a table on a lamp"),
 )
 CAPTIONS = tuple(caption for pair in PAIRS for caption in pair)
-
-MOST_DRIFT = {"float32": 1e-4, "float16": 1e-3, "bfloat16": 4e-3}
-"""Largest 1 − cosine between two honest engines, by compute dtype. Seen between vLLM and transformers on a
-CPU: 2e-7 in float32, 6e-4 in bfloat16."""
 
 TWIN_SHARE = 0.25
 """Drift must stay below this share of the distance between twins (the median pair's), or word order would

@@ -26,6 +26,7 @@ def say(as_json: bool, values: Mapping[str, Any], text: str) -> None:
 def progress(total: int | None, what: str) -> Iterator[Callable[[int], None]]:
     """A progress bar on standard error; call what it yields with the number of units just done."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bars:
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bars:
         task = bars.add_task(what, total=total)
         yield lambda done: bars.advance(task, done)
