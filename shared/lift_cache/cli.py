@@ -8,6 +8,7 @@ from lift_cache import __version__
 from lift_cache.terminal import run_command
 from lift_cache.tools.card import info
 from lift_cache.tools.check import verify
+from lift_cache.tools.convert import convert
 from lift_cache.tools.lookup import lookup
 from lift_cache.tools.maintain import adopt, compact, gc, merge, seal, snapshot_app
 from lift_cache.tools.plan import plan
@@ -19,7 +20,7 @@ app = App(
     help="Look after a cache of caption embeddings: plan it, describe it, check it, move it, mend it.",
     help_epilogue="Example: `lift-cache info runs/demo/cache`, `lift-cache snapshot CACHE`, `lift-cache verify CACHE`",
 )
-for command in (plan, info, lookup, verify, repair, seal, compact, gc, merge, adopt):
+for command in (plan, info, lookup, verify, repair, seal, compact, gc, merge, adopt, convert):
     app.command(command)
 app.command(snapshot_app)
 

@@ -236,7 +236,7 @@ def build_index(
         CacheFull, CacheDamaged.
     """
     bits = prefix_bits(sum(segment.rows for segment in segments))
-    wide = np.dtype(np.uint64 if sum(segment.rows for segment in segments) >= 2**32 else np.uint32)
+    wide: np.dtype = np.dtype(np.uint64 if sum(segment.rows for segment in segments) >= 2**32 else np.uint32)
     scratch = [directory / f"{files.TEMPORARY}{number}-{name}" for name in ("key", "location", "first")]
     rows = tokens = truncated = entries = 0
     try:
@@ -264,8 +264,9 @@ def build_index(
                 stop = min(start + RANGE_ROWS, 2**bits + 1)
                 first_file.write(np.full(stop - start, rows, wide).tobytes())
         key, location, first = (
-            _mapped(path, dtype)
-            for path, dtype in zip(scratch, (np.dtype(np.uint8), np.dtype(np.uint64), wide), strict=True)
+            _mapped(scratch[0], np.dtype(np.uint8)),
+            _mapped(scratch[1], np.dtype(np.uint64)),
+            _mapped(scratch[2], wide),
         )
         index = pa.RecordBatch.from_arrays(
             [binary_array(key.reshape(-1, KEY_BYTES)), pa.array(location)], schema=INDEX_SCHEMA

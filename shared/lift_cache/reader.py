@@ -116,6 +116,11 @@ class CacheReader:
     def dimensions(self) -> int:
         return self.manifest.encoding.dimensions
 
+    @property
+    def flat(self) -> bool:
+        """Whether all segments are mapped as one array; those of format 1 are not, and gathers are slower."""
+        return self._vectors is not None
+
     def __len__(self) -> int:
         return self.rows
 

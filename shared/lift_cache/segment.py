@@ -336,8 +336,10 @@ class _ArrowFile:
                 bytes in the file. Arrow itself promises 8; the rest is padded inside the batch's metadata.
         """
         if align > 8:
-            head = self._sink.tell() + _head_bytes(self._schema, {"lift.pad": ""}) + aligned_at
-            metadata = {"lift.pad": " " * (-head % align)}
+            before, head = _framing(self._schema, {"lift.pad": ""})
+            # Arrow writes the schema only with the first batch.
+            body = (self._sink.tell() or before) + head
+            metadata = {"lift.pad": " " * (-(body + aligned_at) % align)}
         self._writer.write_batch(batch, custom_metadata=metadata)
 
     def close(self) -> None:
@@ -368,13 +370,17 @@ def empty_batch(schema: pa.Schema) -> pa.RecordBatch:
     return pa.RecordBatch.from_arrays([pa.array([], field.type) for field in schema], schema=schema)
 
 
-def _head_bytes(schema: pa.Schema, metadata: dict[str, str]) -> int:
-    """Bytes of a record batch message before its body: the same for any number of rows."""
+def _framing(schema: pa.Schema, metadata: dict[str, str]) -> tuple[int, int]:
+    """Bytes of a file before its first batch, and of a batch before its body (the same for any rows, if any)."""
+    one = pa.RecordBatch.from_arrays([pa.nulls(1, field.type) for field in schema], schema=schema)
+    body = pa.ipc.read_message(one.serialize()).body.size
     sink = pa.BufferOutputStream()
-    with pa.ipc.new_stream(sink, schema) as writer:
-        before = sink.tell()
-        writer.write_batch(empty_batch(schema), custom_metadata=metadata)
-        return int(sink.tell() - before)
+    with pa.ipc.new_file(sink, schema) as writer:
+        writer.write_batch(one, custom_metadata=metadata)
+        first = sink.tell()
+        writer.write_batch(one, custom_metadata=metadata)
+        head = sink.tell() - first - body
+    return first - head - body, head
 
 
 class Segment:

@@ -102,9 +102,11 @@ def create_app(path: EmbeddingPath, metrics: Metrics, *, names: frozenset[str]) 
             raise errors.BadConfig(f"dimensions: this cache keeps {kept}, not {request.dimensions}")
         captions = [request.input] if isinstance(request.input, str) else request.input
         answer = await path.embed(captions)
-        return Response(
-            _embeddings_json(answer, request.encoding_format, recipe.model, fingerprint), 200, None, JSON
-        )
+        vectors = answer.vectors
+        if recipe.normalize and kept < recipe.dimensions:  # what is kept of a unit vector is shorter than one
+            vectors = vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-30)
+        body = _embeddings_json(answer, vectors, request.encoding_format, recipe.model, fingerprint)
+        return Response(body, 200, None, JSON)
 
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:
@@ -206,9 +208,9 @@ def _error(
     return JSONResponse(body, status, headers)
 
 
-def _embeddings_json(answer: Answer, form: str, model: str, fingerprint: str) -> bytes:
+def _embeddings_json(answer: Answer, vectors: np.ndarray, form: str, model: str, fingerprint: str) -> bytes:
     """OpenAI's response, with `cached`, `tokens` and `truncated` per row and the recipe that made it."""
-    little_nd = answer.vectors.astype("<f4", copy=False)
+    little_nd = vectors.astype("<f4", copy=False)
     embeddings: list[Any]
     if form == "base64":
         embeddings = [base64.b64encode(row.tobytes()).decode() for row in little_nd]

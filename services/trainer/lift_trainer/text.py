@@ -32,6 +32,8 @@ from lift_trainer.tensors import write_tensors
 HASH_DIMENSIONS = 512
 HASH_WORDS = 3
 EMBED_BATCH = 256
+LENGTHS = 256
+"""Vectors whose mean length stands for that of all."""
 
 Control = Literal["none", "permuted", "ngram-hash"]
 OnMissing = Literal["error", "skip", "embed"]
@@ -69,17 +71,22 @@ class CachedText:
 
     @property
     def resolution(self) -> float:
-        return float(np.finfo(self.reader.encoding.numpy_dtype).eps)
+        some = self.gather(np.arange(min(len(self.rows), LENGTHS))).astype(np.float32)
+        return self.reader.encoding.resolution(float(np.linalg.norm(some, axis=1).mean()))
 
     def gather(self, captions: np.ndarray) -> np.ndarray:
         rows = self.rows[captions]
         if not len(self.overlay):
-            return self.reader.gather(rows)
+            return self._decoded(rows)
         out = np.empty((len(rows), self.dimensions), np.float32)
         cached = rows >= 0
-        out[cached] = self.reader.gather(rows[cached])
+        out[cached] = self._decoded(rows[cached])
         out[~cached] = self.overlay[-1 - rows[~cached]]
         return out
+
+    def _decoded(self, rows: np.ndarray) -> np.ndarray:
+        stored = self.reader.gather(rows)
+        return self.reader.encoding.decode(stored) if stored.dtype == np.int8 else stored
 
 
 @dataclass(frozen=True)

@@ -129,7 +129,7 @@ def card(cache: Path, advance: Callable[[int], None] = lambda _: None) -> dict[s
     return {
         "recipe": recipe.model_dump(mode="json"),
         "fingerprint": recipe.fingerprint,
-        "encoding": encoding.model_dump(mode="json"),
+        "encoding": encoding.card(),
         "provenance": json.loads(provenance.read_bytes()) if provenance.is_file() else [],
         "segments": len(segments),
         "sealed_rows": sum(segment.rows for segment in segments),
@@ -200,8 +200,7 @@ def _show(console: Console, cache: Path, values: dict[str, Any]) -> None:
             table.add_row("" if i else title, name, f"{value:,}" if isinstance(value, int) else str(value))
 
     rows("recipe", *values["recipe"].items(), ("fingerprint", values["fingerprint"]))
-    shown = {name: value for name, value in values["encoding"].items() if name not in ("centre", "scale")}
-    rows("encoding", *shown.items())
+    rows("encoding", *values["encoding"].items())
     rows("made by", *((str(entry.get("engine", "")), json.dumps(entry)) for entry in values["provenance"]))
     rows(
         "stored",

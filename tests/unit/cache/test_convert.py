@@ -20,10 +20,11 @@ from lift_cache.keys import caption_keys
 from lift_cache.lock import WriterLock
 from lift_cache.reader import CacheReader
 from lift_cache.recipe import Recipe
+from lift_cache.segment import Segment, check_segment, segment_ids
+from lift_cache.snapshot import build_snapshot
 from lift_cache.tools import convert as tool
 from lift_cache.tools.convert import convert_cache
 from lift_cache.tools.overlap import agreement, fit_views, overlap
-from lift_cache.verify import verify
 from lift_cache.writer import CacheWriter, Rows
 
 Vectors = Callable[..., np.ndarray]
@@ -62,6 +63,13 @@ def found(path: Path) -> np.ndarray:
     return reader.encoding.decode(reader.gather(reader.lookup(caption_keys(CAPTIONS)), check=True))
 
 
+def require_sound(path: Path) -> None:
+    """Read every byte of a cache's segments."""
+    ids = segment_ids(path / "segments")
+    rows = [check_segment(path / "segments", name, need_captions=True).rows for name in ids]
+    assert sum(rows) == CacheReader(path).rows
+
+
 def leftovers(path: Path) -> list[Path]:
     return list(path.glob(f"{files.TEMPORARY}*"))
 
@@ -84,7 +92,7 @@ def test_every_row_is_there_in_the_new_encoding(cache: Path, drawn: np.ndarray, 
     assert new.captions(here) == CAPTIONS
     np.testing.assert_array_equal(new.tokens(here), old.tokens(rows))
     np.testing.assert_array_equal(new.truncated(here), old.truncated(rows))
-    assert verify(target).problems == []
+    require_sound(target)
     assert done.size == sum(path.stat().st_size for path in target.rglob("*") if path.is_file())
     assert not leftovers(target.parent)
 
@@ -133,9 +141,6 @@ def test_a_caption_in_two_segments_is_converted_once_with_the_vector_that_counts
     with CacheWriter.open(other, recipe, Encoding(dtype="float32", dimensions=24)) as writer:
         writer.put(Rows(CAPTIONS[:10], drawn[:10] + 1, np.ones(10), np.zeros(10)))
         writer.snapshot()
-    from lift_cache.segment import Segment, segment_ids
-    from lift_cache.snapshot import build_snapshot
-
     for path in (other / "segments").iterdir():
         path.rename(cache / "segments" / path.name)
     ids = [info.id for info in CacheReader(cache).manifest.segments]
@@ -473,7 +478,7 @@ def test_a_killed_convert_leaves_no_cache_and_the_next_clears_up(cache: Path) ->
     convert_cache(str(cache), target, dtype="int8")
     assert not leftovers(cache.parent)
     assert not (target / "segments" / "stale.arrow").exists()
-    assert verify(target).problems == []
+    require_sound(target)
 
 
 def test_two_converts_into_one_target_do_not_meet(cache: Path) -> None:

@@ -349,6 +349,8 @@ def test_what_differs_is_named_in_one_short_line(vectors: Vectors) -> None:
     with pytest.raises(EncodingMismatch, match="dtype is 'int8' in A and 'float16' in B") as said:
         ours.require_same(Encoding(dimensions=24), here="A", there="B")
     assert len(str(said.value)) < 200
+    nothing = Encoding.int8_of_range(np.zeros(1), np.zeros(1))
+    nothing.require_same(Encoding.int8_of_range(-np.zeros(1), -np.zeros(1)), here="A", there="B")
     ours.require_same(Encoding.int8_of_range(np.zeros(24), np.ones(24)), here="A", there="B")
     with pytest.raises(ValidationError) as refused:
         Encoding(dtype="int8", dimensions=3, centre=ours.centre, scale=ours.scale)

@@ -25,9 +25,13 @@ def expected() -> np.ndarray:
 
 
 def test_there_are_golden_files_of_every_format_and_encoding() -> None:
-    assert {"format-1-float16", "format-1-float32", "format-2-float16", "format-2-float32"} <= {
-        path.name for path in GOLDEN
-    }
+    assert {
+        "format-1-float16",
+        "format-1-float32",
+        "format-2-float16",
+        "format-2-float32",
+        "format-2-int8",
+    } <= {path.name for path in GOLDEN}
 
 
 @pytest.mark.parametrize("golden", GOLDEN, ids=lambda path: path.name)
@@ -43,6 +47,7 @@ def test_a_golden_cache_is_read_row_for_row(golden: Path) -> None:
     assert reader.truncated(rows).tolist() == [i % 7 == 0 for i in range(42)]
     assert reader.captions(rows) == CAPTIONS
     assert (reader.lookup(caption_keys(["not there"])) == -1).all()
+    assert reader.flat or load_stored_manifest(golden, reader.snapshot_id).format == 1
     assert not verify(golden).problems
 
 

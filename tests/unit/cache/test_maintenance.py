@@ -8,6 +8,7 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Literal
 
 import lmdb
 import numpy as np
@@ -15,7 +16,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lift_cache import compaction, files, index, live, snapshot
+from lift_cache import compaction, files, index, live, segment, snapshot
 from lift_cache.bulk import write_cache
 from lift_cache.encoding import Encoding
 from lift_cache.errors import (
@@ -62,6 +63,7 @@ def require_all(cache: Path, drawn: np.ndarray) -> CacheReader:
     keys = caption_keys(names(0, len(drawn)))
     rows = reader.lookup(keys)
     assert reader.rows == len(drawn)
+    assert reader.flat
     for check in (False, True):
         np.testing.assert_array_equal(reader.gather(rows, check=check), drawn.astype(np.float16))
     np.testing.assert_array_equal(reader.keys(rows), keys)
@@ -507,6 +509,34 @@ def test_a_live_tier_of_another_version_is_refused_with_what_to_do(
 
 
 # Mapping
+
+
+@pytest.mark.parametrize(("dimensions", "dtype"), [(384, "float16"), (1000, "float32"), (4096, "float16")])
+def test_every_batch_of_a_segment_is_aligned_so_that_a_gather_is_one_take(
+    dimensions: int,
+    dtype: Literal["float16", "float32"],
+    tmp_path: Path,
+    recipe: Recipe,
+    vectors: Vectors,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    encoding = Encoding(dtype=dtype, dimensions=dimensions)
+    monkeypatch.setattr(segment, "BATCH_BYTES", 7 * segment.row_bytes(encoding))
+    wide = recipe.model_copy(update={"dimensions": dimensions})
+    drawn = vectors(40, dimensions=dimensions)
+    write_cache(tmp_path / "cache", wide, encoding, names(0, 40), drawn, segment_rows=25)
+    reader = CacheReader(tmp_path / "cache")
+    assert reader.flat
+    for info in reader.manifest.segments:
+        one = segment.Segment(tmp_path / "cache" / "segments", info.id)
+        assert len(one.vector_extents()) == -(-one.rows // 7)
+        for extent in one.vector_extents():
+            assert extent.offset % alignment(segment.row_bytes(encoding)) == 0
+    order = np.random.default_rng(0).permutation(40)
+    rows = reader.lookup(caption_keys(names(0, 40)))[order]
+    for check in (False, True):
+        np.testing.assert_array_equal(reader.gather(rows, check=check), drawn[order].astype(dtype))
+    assert reader.captions(rows) == [names(0, 40)[i] for i in order]
 
 
 @given(st.data())
