@@ -113,6 +113,18 @@ def test_each_caption_gets_the_vector_that_was_stored_for_it(world: World, index
     assert np.array_equal(again.gather(order), text.gather(order))
 
 
+def test_a_cache_in_int8_trains_on_values_not_on_steps(world: World, index: Index) -> None:
+    vectors = np.asarray(world.vectors, np.float32)
+    encoding = Encoding.int8_of_range(vectors.min(0), vectors.max(0))
+    write_cache(world.root / "int8", world.recipe, encoding, world.captions, vectors)
+    text, _, _ = open_text(index, cache=str(world.root / "int8"), overlay=world.root / "o")
+    expected = np.array([vectors[world.captions.index(caption)] for caption in index.captions])
+    gathered = text.gather(np.arange(len(index.captions)))
+    assert gathered.dtype == np.float32
+    np.testing.assert_allclose(gathered, expected, atol=np.ptp(vectors, axis=0).max() / 254)
+    assert 0 < text.resolution < 0.1
+
+
 def test_the_cache_is_read_from_a_copy_without_its_live_tier(world: World, index: Index) -> None:
     copy = world.root / "copy"
     shutil.copytree(world.cache, copy, ignore=shutil.ignore_patterns("live", "*.lock", "lock"))
