@@ -6,10 +6,11 @@ export OMP_WAIT_POLICY ?= passive
 E := .venv/embedder/bin
 T := .venv/trainer/bin
 
-.PHONY: help setup demo test test-fast test-service test-e2e lint format bench-posembed bench-emoji clean
+.PHONY: help setup demo test test-fast test-tools test-service test-e2e torture torture-short lint format \
+        fast-embedder fast-trainer bench-posembed bench-emoji bench-cache bench-encodings clean
 
 help:  ## say what there is
-	@awk -F':.*## ' '/^[a-z0-9-]+:.*## /{printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F':.*## ' '/^[a-z0-9-]+:.*## /{printf "  make %-17s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup:  ## make both environments, .venv/embedder and .venv/trainer (once)
 	@scripts/setup.sh embedder
@@ -18,17 +19,31 @@ setup:  ## make both environments, .venv/embedder and .venv/trainer (once)
 demo: setup  ## the whole pipeline on 3,584 emoji and their names, ending with runs/demo/report.html
 	@$(T)/python scripts/demo.py
 
-test: lint test-fast test-service test-e2e  ## everything that CI runs: lint, types, all tests
+test: lint test-fast test-tools test-service test-e2e torture-short  ## everything that CI runs: lint, types, all tests
 
 test-fast: setup  ## the tests that need no engine and no server (under a minute)
+	@$(MAKE) --no-print-directory -j2 --output-sync=target fast-embedder fast-trainer
+
+fast-embedder:
 	$(E)/pytest -q tests/unit/project tests/unit/cache tests/unit/embedder
+
+fast-trainer:
 	$(T)/pytest -q tests/unit/trainer tests/unit/data tests/unit/report
+
+test-tools: setup  ## what lift-cache does with real caches: convert, repair, plan, move (two minutes)
+	$(E)/pytest -q --durations=5 tests/tools
 
 test-service: setup  ## the real vLLM engine, a real server, kill -9 and full disks
 	$(E)/pytest -q --durations=5 tests/crash tests/service
 
 test-e2e: setup  ## captions → server → cache → trainer → report, in small
 	$(T)/pytest -q --durations=5 tests/e2e
+
+torture: setup  ## try to break what docs/cache.md promises: power loss, kill -9, damage, full disks (an hour)
+	$(E)/python tests/torture --full
+
+torture-short: setup  ## a five-minute share of it
+	$(E)/python tests/torture --budget 300
 
 lint: setup  ## ruff and mypy
 	$(E)/ruff check .
@@ -46,6 +61,12 @@ bench-posembed: setup  ## position embeddings on generated scenes, five seeds (2
 
 bench-emoji: demo  ## text transforms and controls on unseen emoji, three seeds (25 minutes on 2 free cores)
 	$(T)/python bench/emoji.py --data runs/demo/data --cache minilm=runs/demo/cache
+
+bench-cache: setup  ## reading, writing and opening caches (half an hour, 30 GB of disk)
+	$(E)/python bench/cache.py --out runs/bench-cache.json
+
+bench-encodings: demo  ## what each encoding costs in neighbours, on the demo's captions
+	$(E)/python bench/encodings.py --cache runs/demo/cache --out runs/bench-encodings.json
 
 clean:  ## remove runs/ and caches of tools; environments and prepared models stay
 	rm -rf runs .mypy_cache .ruff_cache .hypothesis
