@@ -9,9 +9,12 @@ from lift_cache.terminal import run_command
 from lift_cache.tools.card import info
 from lift_cache.tools.check import verify
 from lift_cache.tools.convert import convert
+from lift_cache.tools.export import app as export_app
+from lift_cache.tools.importing import import_command
 from lift_cache.tools.lookup import lookup
 from lift_cache.tools.maintain import adopt, compact, gc, merge, seal, snapshot_app
 from lift_cache.tools.plan import plan
+from lift_cache.tools.remote import pull, push
 from lift_cache.tools.repair import repair
 
 app = App(
@@ -20,9 +23,11 @@ app = App(
     help="Look after a cache of caption embeddings: plan it, describe it, check it, move it, mend it.",
     help_epilogue="Example: `lift-cache info runs/demo/cache`, `lift-cache snapshot CACHE`, `lift-cache verify CACHE`",
 )
-for command in (plan, info, lookup, verify, repair, seal, compact, gc, merge, adopt, convert):
+for command in (plan, info, lookup, verify, repair, seal, compact, gc, merge, adopt, convert, push, pull):
     app.command(command)
 app.command(snapshot_app)
+app.command(export_app)
+app.command(import_command, name="import")
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -85,4 +85,4 @@ class EngineUnavailable(LiftError):
 
 
 class ServerUnavailable(LiftError):
-    """The embedding server cannot be reached or keeps refusing."""
+    """An embedding server or an object store cannot be reached, or keeps refusing."""

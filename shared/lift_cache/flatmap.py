@@ -23,8 +23,9 @@ import numpy as np
 
 from lift_cache.errors import CacheDamaged
 
-MAX_ALIGNMENT = 65_536
-"""The largest page size in use: with it, rows can be placed whatever the page size of the machine is."""
+PLACEMENT = 1 << 21
+"""Addresses and offsets in a file agree modulo this, a multiple of every page size in use: the size of a huge page,
+so that the kernel can map those parts of a file that it holds in huge pages as such."""
 
 _MAP_FIXED = 0x10  # the same on Linux and macOS; Python's mmap module has no name for it
 _FAILED = ctypes.c_void_p(-1).value
@@ -55,7 +56,7 @@ class Extent:
 def alignment(row_bytes: int) -> int:
     """Bytes to which the first row must be aligned in its file, so that it can be placed anywhere."""
     power_of_two = row_bytes & -row_bytes
-    return min(max(power_of_two, 64), MAX_ALIGNMENT)
+    return min(max(power_of_two, 64), PLACEMENT)
 
 
 class FlatMap:
@@ -75,7 +76,7 @@ class FlatMap:
             Unplaceable: an extent whose rows are not aligned.
             CacheDamaged: a file that is missing or too short.
         """
-        page = mmap.PAGESIZE
+        page = PLACEMENT
         unit = math.lcm(page, row_bytes)
         spans, shifts = [], []
         for extent in extents:

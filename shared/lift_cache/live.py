@@ -154,8 +154,7 @@ class LiveTier:
                 files.make_directory(temporary)
                 self._open(temporary)
                 self.close()
-                files.sync_file(temporary / "data.mdb")
-                files.sync_directory(temporary)
+                files.sync_directory(temporary)  # the file itself was synced by the commits in `_open`
                 files.share_with_group(temporary)
                 if self.path.is_dir():  # emptied by hand
                     (self.path / "lock.mdb").unlink(missing_ok=True)

@@ -24,6 +24,9 @@ import pyarrow.parquet as pq
 
 from lift_cache.errors import BadCaption, BadSource
 
+IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff")
+"""What counts as a sample's image in a tar: the first of these that it has."""
+
 CAPTION_FIELDS = ("caption", "captions", "text", "title")
 """Tried in this order when no field is named."""
 
@@ -345,7 +348,7 @@ def _csv_captions(path: Path, field: str | None) -> Iterator[CaptionRow | BadRow
 
 def _parquet_captions(path: Path, field: str | None) -> Iterator[CaptionRow | BadRow]:
     try:
-        with pq.ParquetFile(path) as file:
+        with pq.ParquetFile(path, pre_buffer=False, buffer_size=1 << 20) as file:
             schema = file.schema_arrow
             name = _choose(field, schema.names)
             if name is None:

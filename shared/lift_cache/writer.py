@@ -529,8 +529,7 @@ class CacheWriter:
             removed = [Removed(path, path.stat().st_size) for path in paths]
             if not dry_run:
                 for path in paths:
-                    path.unlink()
-                files.sync_directory(self._segments_dir)
+                    path.unlink()  # one that a power loss brings back is retired again at the next opening
                 self._live.forget_retired(ids)
             return removed
 
@@ -566,15 +565,7 @@ class CacheWriter:
                 if present == segment.rows:
                     continue
                 if present:
-                    info = merge_segments(
-                        self._segments_dir,
-                        self.recipe,
-                        self.encoding,
-                        [segment.id],
-                        wanted=lambda keys: ~self.contains(keys),
-                        progress=progress,
-                        source=directory,
-                    )
+                    info = self._new_rows(segment, directory, progress)
                 elif segment.id not in segment_ids(self._segments_dir):
                     self._take_in(segment)
                 if info is not None:
@@ -653,18 +644,12 @@ class CacheWriter:
                 segment = self._require_ours(
                     check_segment(self._segments_dir, segment_id, need_captions=False)
                 )
-                if disagreeing := self._disagreeing(segment):
-                    raise CacheDamaged(
-                        f"it holds other vectors for {disagreeing} captions than were acknowledged"
-                    )
             except LiftError as error:
                 self._quarantine(segment_id, str(error))
                 continue
             try:
-                if self._sealed_elsewhere(segment):
-                    self._live.retire([segment_id])
+                if not self._adopt(segment):
                     continue
-                self._register(segment.info())
             except CacheFull:
                 if self._present(segment) < segment.rows:
                     raise
@@ -675,6 +660,41 @@ class CacheWriter:
             log.info("adopted segment %s: %d rows", segment_id, segment.rows)
         if adopted:
             self._live.drop_sealed_batches()
+
+    def _adopt(self, segment: Segment) -> bool:
+        """Register a segment, or those of its rows whose captions are not here; whether there were any."""
+        if self._sealed_elsewhere(segment):
+            self._live.retire([segment.id])
+            return False
+        disagreeing = self._disagreeing(segment)
+        if not disagreeing:
+            self._register(segment.info())
+            return True
+        # Another engine's vectors, pulled or copied here; a snapshot may name the file, so it stays.
+        log.warning(
+            "segment %s has other vectors for %d captions than were acknowledged; those that are here stay",
+            segment.id,
+            disagreeing,
+        )
+        info = self._new_rows(segment, self._segments_dir)
+        if info is not None:
+            self._register(info)
+        self._live.retire([segment.id])
+        return info is not None
+
+    def _new_rows(
+        self, segment: Segment, directory: Path, progress: Callable[[int], None] = lambda _: None
+    ) -> SegmentInfo | None:
+        """A segment of the rows of another whose captions are not here; None where all are."""
+        return merge_segments(
+            self._segments_dir,
+            self.recipe,
+            self.encoding,
+            [segment.id],
+            wanted=lambda keys: ~self.contains(keys),
+            progress=progress,
+            source=directory,
+        )
 
     def _require_ours(self, segment: Segment) -> Segment:
         """Raises RecipeMismatch, EncodingMismatch."""
@@ -720,8 +740,7 @@ class CacheWriter:
         ):
             with contextlib.suppress(FileNotFoundError):
                 path.rename(where / path.name)
-        files.sync_directory(where)
-        files.sync_directory(self._segments_dir)
+        files.sync_directory(where)  # one that comes back in segments/ is moved again at the next opening
         log.warning("segment %s moved to %s: %s", segment_id, where, reason)
 
     def _raise_failed_seal(self) -> None:

@@ -300,7 +300,6 @@ def test_caches_of_every_format_are_copied_as_they_are(kind: str, tmp_path: Path
     assert verify(tmp_path / "copy").problems == []
 
 
-@pytest.mark.xfail(strict=True, reason="opening quarantines segments that a snapshot names")
 def test_a_pulled_snapshot_stays_whole_when_the_cache_had_other_vectors_for_its_captions(
     cache: Path, tmp_path: Path, recipe: Recipe, vectors: Vectors
 ) -> None:

@@ -23,8 +23,13 @@ import pyarrow.parquet as pq
 
 from lift_cache.errors import BadCaption, BadSource
 from lift_cache.keys import caption_keys, normalise
-from lift_cache.sources import CAPTION_FIELDS, expand, sample_captions, scan_tar
-from lift_trainer.formats import IMAGE_EXTENSIONS
+from lift_cache.sources import (
+    CAPTION_FIELDS,
+    IMAGE_EXTENSIONS,
+    expand,
+    sample_captions,
+    scan_tar,
+)
 from lift_trainer.rejects import Rejects
 
 if TYPE_CHECKING:
@@ -300,7 +305,7 @@ def _table_rows(
     """
     try:
         if path.suffix.lower() == ".parquet":
-            with pq.ParquetFile(path) as table:
+            with pq.ParquetFile(path, pre_buffer=False, buffer_size=1 << 20) as table:
                 caption = _column(path, table.schema_arrow.names, image_field, caption_field)
                 number = 0
                 for batch in table.iter_batches(columns=[image_field, caption]):

@@ -31,10 +31,7 @@ from lift_cache.keys import KEY_BYTES, key_of_normalised, normalise
 from lift_cache.reader import CacheReader
 from lift_cache.recipe import Recipe
 from lift_cache.segment import binary_array
-from lift_cache.sources import sample_captions, scan_tar
-
-IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff")
-"""What counts as a sample's image, the first of these that it has."""
+from lift_cache.sources import IMAGE_EXTENSIONS, sample_captions, scan_tar
 
 BATCH_BYTES = 64 << 20
 """Vectors of a record batch: what is held in memory."""

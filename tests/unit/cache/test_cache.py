@@ -536,11 +536,11 @@ def test_a_seal_that_cannot_be_registered_is_tried_again_and_loses_nothing(
         assert writer.snapshot().rows == 20
 
 
-def test_a_segment_that_disagrees_with_an_acknowledged_vector_is_not_adopted(
+def test_a_segment_that_disagrees_with_acknowledged_vectors_adds_only_what_is_new(
     tmp_path: Path, recipe: Recipe, vectors: Vectors
 ) -> None:
     mine, theirs = vectors(10), vectors(10, seed=1)
-    fill(tmp_path / "theirs", recipe, theirs)
+    fill(tmp_path / "theirs", recipe, np.concatenate([theirs, vectors(5, seed=2)]))
     for seal_first in (False, True):
         cache = tmp_path / f"mine-{seal_first}"
         with CacheWriter.open(cache, recipe) as writer:
@@ -550,13 +550,15 @@ def test_a_segment_that_disagrees_with_an_acknowledged_vector_is_not_adopted(
         for path in (tmp_path / "theirs" / "segments").iterdir():
             shutil.copy(path, cache / "segments" / path.name)
         with CacheWriter.open(cache, recipe) as writer:
-            hits = writer.get(caption_keys(names(10)))
-            np.testing.assert_array_equal(hits.vectors, mine.astype(np.float16).astype(np.float32))
+            hits = writer.get(caption_keys(names(15)))
+            expected = np.concatenate([mine, vectors(5, seed=2)]).astype(np.float16)
+            np.testing.assert_array_equal(hits.vectors, expected.astype(np.float32))
             writer.snapshot()
+            assert writer.rows == 15
         reader = CacheReader(cache)
-        rows = reader.lookup(caption_keys(names(10)))
-        np.testing.assert_array_equal(reader.gather(rows), mine.astype(np.float16))
-        assert len(list((cache / "quarantine").iterdir())) == 2
+        rows = reader.lookup(caption_keys(names(15)))
+        np.testing.assert_array_equal(reader.gather(rows), expected)
+        assert not (cache / "quarantine").exists() and not verify(cache).problems
 
 
 def test_creating_a_cache_that_was_cut_short_can_be_repeated(tmp_path: Path, recipe: Recipe) -> None:

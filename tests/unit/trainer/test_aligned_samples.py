@@ -9,8 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from lift_cache.tools.aligned import IMAGE_EXTENSIONS, members_digest, shard_samples
-from lift_trainer import formats
+from lift_cache.tools.aligned import members_digest, shard_samples
 from lift_trainer.rejects import Rejects
 from lift_trainer.samples import build_index
 
@@ -53,7 +52,3 @@ def test_row_i_of_an_aligned_file_is_sample_i_of_the_trainers_index(tmp_path: Pa
     np.testing.assert_array_equal(samples.keys, index.keys[index.pairs])
     expected = members_digest(index.names, index.size, index.first, index.keys[index.pairs])
     assert samples.members_digest == expected
-
-
-def test_both_know_the_same_kinds_of_images() -> None:
-    assert IMAGE_EXTENSIONS == formats.IMAGE_EXTENSIONS

@@ -11,8 +11,8 @@ from pathlib import Path
 from PIL import Image
 
 from lift_cache.errors import BadSource
-from lift_cache.sources import read_member, scan_tar
-from lift_trainer.formats import BROKEN, IMAGE_EXTENSIONS, eight_bit, open_image
+from lift_cache.sources import IMAGE_EXTENSIONS, read_member, scan_tar
+from lift_trainer.formats import BROKEN, eight_bit, open_image
 from lift_trainer.report.runs import Ranked
 
 THUMBNAIL = 160
