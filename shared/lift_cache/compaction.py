@@ -7,7 +7,7 @@ binary counter, and a row is written again a number of times that grows with the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -22,17 +22,20 @@ LARGE_BYTES = 64 << 30
 """A segment of this size is left alone."""
 
 
-def choose(segments: Sequence[SegmentInfo], *, everything: bool = False) -> list[list[SegmentInfo]]:
+def choose(
+    segments: Sequence[SegmentInfo], with_captions: Container[str], *, everything: bool = False
+) -> list[list[SegmentInfo]]:
     """Groups of segments to merge into one each; none when there are few enough.
 
     Args:
+        with_captions: ids of those whose captions are here. The others cannot be merged with them into one file
+            and its sibling, and are left as they are.
         everything: merge whatever may be merged, however few there are.
     """
     total = sum(info.size for info in segments)
     allowed = 1 if everything else SEGMENTS + total // LARGE_BYTES
-    # Rows whose captions are not here cannot be merged with others into one file and its sibling.
     small = sorted(
-        (info for info in segments if info.size < LARGE_BYTES and info.captions_size),
+        (info for info in segments if info.size < LARGE_BYTES and info.id in with_captions),
         key=lambda info: (info.size, info.id),
     )
     groups: list[list[SegmentInfo]] = []

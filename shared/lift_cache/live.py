@@ -6,7 +6,7 @@
     segments   segment number → SegmentInfo
     counts     segment number → rows, tokens, truncated that the index finds there
     pending    segment number → what is left to do of a registration that takes several transactions
-    retired    ids of segments that others have taken the place of: files that `gc` may remove
+    retired    segments that others have taken the place of, and which: files that `gc` may remove
     meta       which cache this belongs to
 
 Everything here but the fresh rows can be rebuilt from the sealed segments.
@@ -25,7 +25,8 @@ import os
 import shutil
 import struct
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -335,6 +336,16 @@ class LiveTier:
         """Rows, tokens and truncated captions that are not sealed yet."""
         return self._sum(self._batches)
 
+    def whole_batches(self, chunks: Iterable[np.ndarray]) -> list[int]:
+        """Fresh batches all of whose rows are among some keys (uint8 [n, 16] each, distinct)."""
+        rows: Counter[int] = Counter()
+        for keys in chunks:
+            found, locations = self.locations(keys)
+            rows.update(locations["batch"][found & (locations["segment"] == 0)].tolist())
+        with self._read() as txn:
+            counts = {batch: txn.get(_NUMBER.pack(batch), db=self._batches) for batch in rows}
+        return [b for b, value in counts.items() if value and _COUNTS.unpack(value)[0] == rows[b]]
+
     def fresh_bytes(self) -> int:
         """Bytes of the rows that are not sealed yet."""
         total = 0
@@ -370,10 +381,10 @@ class LiveTier:
         with self._read() as txn, txn.cursor(db=self._pending) as cursor:
             return [_NUMBER.unpack(name)[0] for name in cursor.iternext(keys=True, values=False)]
 
-    def retired(self) -> set[str]:
-        """Ids of segments that others have taken the place of."""
+    def retired(self) -> dict[str, list[str]]:
+        """Segments that others have taken the place of, and the ids of those."""
         with self._read() as txn, txn.cursor(db=self._retired) as cursor:
-            return {name.decode() for name in cursor.iternext(keys=True, values=False)}
+            return {name.decode(): json.loads(value) for name, value in cursor}
 
     def index_items(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """The whole index, ascending, some at a time: keys uint8 [n, 16], locations (LOCATION_DTYPE [n])."""
@@ -441,11 +452,10 @@ class LiveTier:
             pending = _Pending(replaced=tuple(replaced), sealed=tuple(sealed))
             finished = self._advance(txn, number, info, pending, rows_at)
         self._registered[number] = info.id
-        if not finished:
+        if finished:
+            self._finished(pending)
+        else:
             self.resume(number, info, rows_at)
-        self._acknowledged.difference_update(sealed)
-        for old in replaced:
-            self._registered.pop(old, None)
 
     def resume(self, number: int, info: SegmentInfo, rows_at: Callable[[int, int], SegmentRows]) -> None:
         """Finish a registration, a transaction for every `CHUNK_ROWS` rows, so that puts find their turn."""
@@ -455,6 +465,12 @@ class LiveTier:
                 value = txn.get(_NUMBER.pack(number), db=self._pending)
                 pending = _Pending.model_validate_json(value or b"")
                 finished = self._advance(txn, number, info, pending, rows_at)
+        self._finished(pending)
+
+    def _finished(self, pending: _Pending) -> None:
+        self._acknowledged.difference_update(pending.sealed)
+        for old in pending.replaced:
+            self._registered.pop(old, None)
 
     def _advance(
         self,
@@ -468,8 +484,15 @@ class LiveTier:
         stop = min(pending.done + CHUNK_ROWS, info.rows)
         rows = rows_at(pending.done, stop)
         found, locations = self._locations(txn, rows.keys)
-        elsewhere = found & (locations["segment"] != 0) & (locations["segment"] != number)
-        mine = np.flatnonzero(~(elsewhere & ~np.isin(locations["segment"], pending.replaced)))
+        # A row that is fresh, and not of the batches that this segment was sealed from, was acknowledged with
+        # another vector perhaps; a row of another segment likewise.
+        fresh = locations["segment"] == 0
+        taken_over = np.where(
+            fresh,
+            np.isin(locations["batch"], pending.sealed),
+            np.isin(locations["segment"], (*pending.replaced, number)),
+        )
+        mine = np.flatnonzero(~found | taken_over)
         items = [(rows.keys[i].tobytes(), LOCATION.pack(number, pending.done + i, 0)) for i in mine.tolist()]
         with txn.cursor(db=self._index) as cursor:
             cursor.putmulti(items)
@@ -492,38 +515,23 @@ class LiveTier:
         for old in pending.replaced:
             gone = txn.get(_NUMBER.pack(old), db=self._segments)
             if gone is not None:
-                txn.put(SegmentInfo.model_validate_json(gone).id.encode(), b"", db=self._retired)
+                name = SegmentInfo.model_validate_json(gone).id.encode()
+                txn.put(name, json.dumps([info.id]).encode(), db=self._retired)
             txn.delete(_NUMBER.pack(old), db=self._segments)
             txn.delete(_NUMBER.pack(old), db=self._counts)
         txn.delete(info.id.encode(), db=self._retired)
         return True
 
-    def retire(self, ids: Sequence[str]) -> None:
-        """Remember segments that are not registered because others hold all of their rows."""
+    def retire(self, segment_id: str, others: Sequence[str]) -> None:
+        """Remember a segment that is not registered because these others hold all of its rows."""
         with self._write() as txn:
-            for segment_id in ids:
-                txn.put(segment_id.encode(), b"", db=self._retired)
+            txn.put(segment_id.encode(), json.dumps(list(others)).encode(), db=self._retired)
 
     def forget_retired(self, ids: Sequence[str]) -> None:
         """Their files are gone."""
         with self._write() as txn:
             for segment_id in ids:
                 txn.delete(segment_id.encode(), db=self._retired)
-
-    def drop_sealed_batches(self) -> int:
-        """Drop fresh batches no row of which the index points at; returns how many."""
-        dropped = 0
-        for batch in self.fresh_numbers():
-            rows = self.fresh_rows(batch)
-            assert rows is not None
-            found, locations = self.locations(rows.keys)
-            if not (found & (locations["segment"] == 0) & (locations["batch"] == batch)).any():
-                with self._write() as txn:
-                    txn.delete(_NUMBER.pack(batch), db=self._fresh)
-                    txn.delete(_NUMBER.pack(batch), db=self._batches)
-                self._acknowledged.discard(batch)
-                dropped += 1
-        return dropped
 
     def _last(self, txn: lmdb.Transaction[bytes], db: lmdb._Database) -> int:
         with txn.cursor(db=db) as cursor:

@@ -2,7 +2,8 @@
 
 `flock` belongs to the descriptor, not to a process id, so containers whose process ids collide cannot
 mistake each other for themselves, and the kernel releases it however the process ends. The descriptor is
-not inheritable: an engine's child processes cannot keep a dead writer's lock.
+not inheritable: an engine's child processes cannot keep a dead writer's lock. A child that was forked and
+executes no other program closes its copy at once.
 """
 
 from __future__ import annotations
@@ -10,12 +11,15 @@ from __future__ import annotations
 import fcntl
 import os
 import time
+import weakref
 from pathlib import Path
 
 from lift_cache import files
 from lift_cache.errors import CacheLocked
 
 ATTEMPTS = 10
+
+_held: weakref.WeakSet[WriterLock] = weakref.WeakSet()
 
 
 class WriterLock:
@@ -27,6 +31,7 @@ class WriterLock:
         try:
             self._take(self._fd, cache)
             files.share_with_group(path)
+            _held.add(self)
         except BaseException:
             self.release()
             raise
@@ -49,3 +54,11 @@ class WriterLock:
         fd, self._fd = self._fd, None
         if fd is not None:
             os.close(fd)
+
+
+def _leave_to_the_parent() -> None:
+    for lock in _held:
+        lock.release()  # closes this process's descriptor; the lock stays with the parent's
+
+
+os.register_at_fork(after_in_child=_leave_to_the_parent)

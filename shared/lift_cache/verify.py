@@ -17,7 +17,7 @@ from lift_cache.errors import CacheDamaged, CacheLocked, CacheNotFound, LiftErro
 from lift_cache.lock import WriterLock
 from lift_cache.reader import CacheReader
 from lift_cache.recipe import Recipe
-from lift_cache.segment import CHECK_ROWS, Segment, check_segment, segment_ids
+from lift_cache.segment import CHECK_ROWS, Segment, captions_path, check_segment, segment_ids
 from lift_cache.snapshot import require_index, snapshots_of
 
 
@@ -58,18 +58,21 @@ def verify(path: str | os.PathLike[str], progress: Callable[[str], None] = lambd
         else:
             recipe = loaded if isinstance(loaded, Recipe) else recipe
             encoding = loaded if isinstance(loaded, Encoding) else encoding
+    good = []
     for segment_id in segment_ids(path / "segments"):
         progress(f"segment {segment_id}")
         report.segments += 1
         try:
             segment = check_segment(path / "segments", segment_id, need_captions=False)
             report.rows += segment.rows
+            good.append(segment_id)
             if recipe is not None:
                 recipe.require_same(segment.recipe, here="recipe.json", there=segment.path.name)
             if encoding is not None:
                 encoding.require_same(segment.encoding, here="encoding.json", there=segment.path.name)
         except LiftError as error:
             report.problems.append(str(error))
+    report.problems += lost_captions(path / "segments", good)
     for snapshot_id in snapshots_of(path):
         progress(f"snapshot {snapshot_id}")
         report.snapshots += 1
@@ -81,6 +84,17 @@ def verify(path: str | os.PathLike[str], progress: Callable[[str], None] = lambd
         progress("live")
         report.live = _verify_live(path, report.problems)
     return report
+
+
+def lost_captions(directory: Path, ids: list[str]) -> list[str]:
+    """Segments whose captions are not here though others' are: not a copy that was made without captions."""
+    lacking = [one for one in ids if not captions_path(directory, one).exists()]
+    if len(lacking) == len(ids):
+        return []
+    return [
+        f"{captions_path(directory, one)} is missing; restore it from a copy (the vectors are all there)"
+        for one in lacking
+    ]
 
 
 def verify_snapshot(path: Path, snapshot_id: str) -> None:
@@ -157,7 +171,8 @@ def walk_live(path: Path) -> Iterator[str]:
             yield f"{live.path}: the index lacks rows of batch {number}"
     segments: dict[int, Segment] = {}
     there = set(segment_ids(path / "segments"))
-    for number, info in live.registry().items():
+    registry = live.registry()
+    for number, info in registry.items():
         if info.id not in there:
             yield f"segment {info.id} is missing, with {info.rows} rows; restore it from a copy of the cache"
             continue
@@ -171,6 +186,9 @@ def walk_live(path: Path) -> Iterator[str]:
                 yield f"{live.path}: the index lacks rows of segment {info.id}"
                 break
     for keys, locations in live.index_items():
+        unknown = ~np.isin(locations["segment"], (0, *registry))
+        if unknown.any():
+            yield f"{live.path}: {int(unknown.sum())} entries of the index point at segments that are not registered"
         yield from _wrong_locations(live.path, keys, locations, batches, segments, live.fresh_numbers())
     indexed, counted = live.rows(), live.fresh_counts()[0] + live.sealed_counts()[0]
     if indexed != counted and not live.pending():

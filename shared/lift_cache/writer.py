@@ -158,7 +158,7 @@ class CacheWriter:
         self._lock = lock
         self._segment_rows = segment_rows
         self._waiting: deque[_Waiting] = deque()
-        self._put_turn = threading.Lock()
+        self._put_turn = threading.RLock()
         self._segment_turn = threading.RLock()
         self._sealer = ThreadPoolExecutor(1, thread_name_prefix="seal")
         self._sealing: Future[int] | None = None
@@ -406,8 +406,7 @@ class CacheWriter:
             self._finish_registrations()
             if self._published is not None:  # a segment that could not be registered when it was written
                 info, taken = self._published
-                if info.id not in {known.id for known in self._live.registry().values()}:
-                    self._register(info, sealed=taken)
+                self._register(info, sealed=taken)
                 self._published = None
                 sealed += info.rows
             numbers = self._live.fresh_numbers()
@@ -450,7 +449,10 @@ class CacheWriter:
             self._finish_registrations()
             registry = self._live.registry()
             number_of = {info.id: number for number, info in registry.items()}
-            for group in choose(list(registry.values()), everything=everything):
+            with_captions = {
+                i.id for i in registry.values() if captions_path(self._segments_dir, i.id).exists()
+            }
+            for group in choose(list(registry.values()), with_captions, everything=everything):
                 files.require_room(self._segments_dir, merge_bytes(self.encoding, group), "compacting")
                 ids = [info.id for info in sorted(group, key=lambda info: number_of[info.id])]
                 info = merge_segments(self._segments_dir, self.recipe, self.encoding, ids, progress=progress)
@@ -510,7 +512,8 @@ class CacheWriter:
                 for info in load_manifest(self.path, snapshot_id).segments
             }
             registered = {info.id for info in self._live.registry().values()}
-            ids = sorted(self._live.retired() - named - registered)
+            retired = self._live.retired()
+            ids = sorted(set(retired) - named - registered)
             paths = [
                 path
                 for segment_id in ids
@@ -520,6 +523,8 @@ class CacheWriter:
                 )
                 if path.exists()
             ]
+            if paths and not dry_run:
+                self._require_replacements(ids, retired, registered)
             if not self._published:  # captions whose segment was never published
                 paths += [
                     path
@@ -532,6 +537,33 @@ class CacheWriter:
                     path.unlink()  # one that a power loss brings back is retired again at the next opening
                 self._live.forget_retired(ids)
             return removed
+
+    def _require_replacements(
+        self, ids: Sequence[str], retired: dict[str, list[str]], registered: set[str]
+    ) -> None:
+        """Read the segments that took the place of others whole, before the others go. Raises CacheDamaged."""
+        needed: set[str] = set()
+        asked, look = set(), list(ids)
+        while look:
+            others = retired.get(segment_id := look.pop())
+            if others is None:  # of what took its place nothing is left but what that was merged into
+                needed = set(registered)
+                break
+            asked.add(segment_id)
+            needed.update(other for other in others if other in registered)
+            look += [other for other in others if other not in registered and other not in asked]
+        for segment_id in sorted(needed):
+            path = segment_path(self._segments_dir, segment_id)
+            sibling = captions_path(self._segments_dir, segment_id)
+            whole = path.exists() and files.digest_file(path) == segment_id
+            if whole and sibling.exists():
+                captions = Segment(self._segments_dir, segment_id).captions_digest
+                whole = files.digest_file(sibling) == captions
+            if not whole:
+                raise CacheDamaged(
+                    f"{path} is damaged, and what would be removed may be the only copy of its rows; "
+                    "run `lift-cache repair` first: nothing was removed"
+                )
 
     def merge(
         self, source: str | os.PathLike[str], progress: Callable[[int], None] = lambda _: None
@@ -548,35 +580,26 @@ class CacheWriter:
             BadConfig: the source is this cache, or has rows that are not sealed.
             CacheFull, CacheLocked.
         """
-        with self._segment_turn, open_source(Path(source), self.path) as directory:
+        with self._segment_turn, open_source(Path(source), self.path) as (directory, ids, origin):
             segments = [
                 self._require_ours(check_segment(directory, segment_id, need_captions=False))
-                for segment_id in segment_ids(directory)
+                for segment_id in ids
             ]
             files.require_room(
                 self._segments_dir,
                 sum(segment_bytes(self.encoding, segment.rows) for segment in segments),
                 "a merge",
             )
-            before, rows, added = self.rows, sum(segment.rows for segment in segments), 0
-            for segment in segments:
-                info: SegmentInfo | None = segment.info()
-                present = self._present(segment)
-                if present == segment.rows:
-                    continue
-                if present:
-                    info = self._new_rows(segment, directory, progress)
-                elif segment.id not in segment_ids(self._segments_dir):
-                    self._take_in(segment)
-                if info is not None:
-                    self._register(info)
-                    added += 1
-            return MergeResult(self.rows - before, rows - (self.rows - before), added)
+            present = sum(self._present(segment) for segment in segments)
+            before = self.rows
+            added = sum(self._merge_one(segment, progress) for segment in segments)
+            for entry in origin:
+                self.note_provenance(entry)
+            return MergeResult(self.rows - before, present, added)
 
     def provenance(self) -> list[dict[str, Any]]:
         """What has written to this cache, in the order of first use."""
-        path = self.path / "provenance.json"
-        return list(json.loads(path.read_bytes())) if path.exists() else []
+        return provenance_of(self.path)
 
     def note_provenance(self, entry: dict[str, Any]) -> None:
         """Remember an engine that adds vectors (name, versions); it is named in every later snapshot."""
@@ -600,6 +623,8 @@ class CacheWriter:
     def _register(
         self, info: SegmentInfo, *, sealed: Sequence[int] = (), replaced: Sequence[int] = ()
     ) -> None:
+        if info.id in {known.id for known in self._live.registry().values()}:
+            return  # a failed write may have reached the disk all the same
         segment = Segment(self._segments_dir, info.id)
 
         def announce(number: int) -> None:
@@ -634,12 +659,10 @@ class CacheWriter:
         return Segment(self._segments_dir, info.id)
 
     def _adopt_unregistered(self) -> None:
-        leave = {segment.id for segment in self._opened.values()} | self._live.retired()
-        unknown = [segment_id for segment_id in segment_ids(self._segments_dir) if segment_id not in leave]
-        # Large ones first: those that they were merged from have nothing to add then.
-        unknown.sort(key=lambda name: -segment_path(self._segments_dir, name).stat().st_size)
-        adopted = False
-        for segment_id in unknown:
+        leave = {segment.id for segment in self._opened.values()} | set(self._live.retired())
+        for segment_id in in_order(self._segments_dir, self.path):
+            if segment_id in leave:
+                continue
             try:
                 segment = self._require_ours(
                     check_segment(self._segments_dir, segment_id, need_captions=False)
@@ -656,19 +679,17 @@ class CacheWriter:
                 # A full disk must not keep what is here from being read; the next opening adopts it.
                 log.warning("segment %s is not adopted: the disk is full; its rows are in live/", segment_id)
                 continue
-            adopted = True
             log.info("adopted segment %s: %d rows", segment_id, segment.rows)
-        if adopted:
-            self._live.drop_sealed_batches()
 
     def _adopt(self, segment: Segment) -> bool:
         """Register a segment, or those of its rows whose captions are not here; whether there were any."""
-        if self._sealed_elsewhere(segment):
-            self._live.retire([segment.id])
+        if others := self._sealed_elsewhere(segment):
+            self._live.retire(segment.id, others)
             return False
         disagreeing = self._disagreeing(segment)
         if not disagreeing:
-            self._register(segment.info())
+            # A seal that was cut off before it was registered: the batches it was made of are done with.
+            self._register(segment.info(), sealed=self._live.whole_batches(_key_chunks(segment)))
             return True
         # Another engine's vectors, pulled or copied here; a snapshot may name the file, so it stays.
         log.warning(
@@ -676,14 +697,32 @@ class CacheWriter:
             segment.id,
             disagreeing,
         )
-        info = self._new_rows(segment, self._segments_dir)
+        info = self._new_rows(segment)
         if info is not None:
             self._register(info)
-        self._live.retire([segment.id])
+        self._live.retire(segment.id, self._sealed_elsewhere(segment))
         return info is not None
 
+    def _merge_one(self, segment: Segment, progress: Callable[[int], None]) -> bool:
+        """Register a segment of another cache, or those of its rows that are new; whether there were any."""
+        while (present := self._present(segment)) < segment.rows:
+            if present:
+                info = self._new_rows(segment, progress)
+                if info is None:
+                    break
+            else:
+                self._take_in(segment)
+                info = segment.info()
+            ours = Segment(self._segments_dir, info.id)
+            with self._put_turn:  # a put between this look and the registration would have two vectors
+                if not self._present(ours):
+                    self._register(info)
+                    return True
+            segment = ours
+        return False
+
     def _new_rows(
-        self, segment: Segment, directory: Path, progress: Callable[[int], None] = lambda _: None
+        self, segment: Segment, progress: Callable[[int], None] = lambda _: None
     ) -> SegmentInfo | None:
         """A segment of the rows of another whose captions are not here; None where all are."""
         return merge_segments(
@@ -693,7 +732,7 @@ class CacheWriter:
             [segment.id],
             wanted=lambda keys: ~self.contains(keys),
             progress=progress,
-            source=directory,
+            source=segment.directory,
         )
 
     def _require_ours(self, segment: Segment) -> Segment:
@@ -706,13 +745,16 @@ class CacheWriter:
         """Rows of a segment whose captions are in the cache."""
         return sum(int(self.contains(keys).sum()) for keys in _key_chunks(segment))
 
-    def _sealed_elsewhere(self, segment: Segment) -> bool:
-        """Whether registered segments hold every row of it."""
+    def _sealed_elsewhere(self, segment: Segment) -> list[str]:
+        """Ids of registered segments that hold every caption of it together; none where they do not."""
+        others: set[int] = set()
         for keys in _key_chunks(segment):
             found, locations = self._live.locations(keys)
             if not (found & (locations["segment"] != 0)).all():
-                return False
-        return True
+                return []
+            others.update(np.unique(locations["segment"]).tolist())
+        registry = self._live.registry()
+        return sorted(registry[number].id for number in others)
 
     def _disagreeing(self, segment: Segment) -> int:
         """Captions for which a segment has another vector than the cache answers."""
@@ -725,6 +767,8 @@ class CacheWriter:
 
     def _take_in(self, segment: Segment) -> None:
         """Give a segment of another directory a name here; captions first."""
+        if segment.directory == self._segments_dir:
+            return
         if segment.has_captions:
             files.link_or_copy(
                 captions_path(segment.directory, segment.id), captions_path(self._segments_dir, segment.id)
@@ -785,9 +829,24 @@ def _key_chunks(segment: Segment) -> Iterator[np.ndarray]:
         yield segment.key_slice(start, min(start + CHECK_ROWS, segment.rows))
 
 
+def in_order(directory: Path, cache: Path) -> list[str]:
+    """Ids of a directory's segments, those first whose vector counts where two hold the same caption.
+
+    As the newest snapshot has them; then large ones, to which those that they were merged from add nothing.
+    """
+    newest = snapshots_of(cache)[-1:]
+    try:
+        first = [info.id for name in newest for info in load_manifest(cache, name).segments]
+    except CacheDamaged:
+        first = []
+    there = segment_ids(directory)
+    rest = sorted(set(there) - set(first), key=lambda name: -segment_path(directory, name).stat().st_size)
+    return [segment_id for segment_id in first if segment_id in set(there)] + rest
+
+
 @contextlib.contextmanager
-def open_source(source: Path, cache: Path) -> Iterator[Path]:
-    """The directory of segments of what is to be merged; a cache is locked meanwhile.
+def open_source(source: Path, cache: Path) -> Iterator[tuple[Path, list[str], list[dict[str, Any]]]]:
+    """What is to be merged: its directory of segments, their ids, and what made them; a cache is locked meanwhile.
 
     Raises:
         CacheNotFound, BadConfig, CacheLocked, CacheDamaged.
@@ -799,25 +858,32 @@ def open_source(source: Path, cache: Path) -> Iterator[Path]:
     directory = source / "segments" if (source / "segments").is_dir() else source
     if not segment_ids(directory):
         raise CacheNotFound(f"{source} has no segments; a cache that was filled has, after `lift-cache seal`")
+    origin = provenance_of(source)
     if not (source / "live").is_dir():
-        yield directory
+        yield directory, in_order(directory, source), origin
         return
     lock = WriterLock(source)
     try:
-        live = LiveTier(
-            source / "live",
-            Recipe.load(source / "recipe.json").fingerprint,
-            Encoding.load(source / "encoding.json"),
-            readonly=True,
-        )
+        recipe, encoding = Recipe.load(source / "recipe.json"), Encoding.load(source / "encoding.json")
+        live = LiveTier(source / "live", recipe.fingerprint, encoding, readonly=True)
         try:
             fresh = live.fresh_counts()[0]
+            ids = [info.id for info in live.registry().values()]
         finally:
             live.close()
         if fresh:
             raise BadConfig(
                 f"{source} has {fresh} rows that are not sealed; run `lift-cache seal {source}` first"
             )
-        yield directory
+        yield directory, ids, origin
     finally:
         lock.release()
+
+
+def provenance_of(cache: Path) -> list[dict[str, Any]]:
+    """What has written to a cache, in the order of first use. Raises CacheDamaged."""
+    path = cache / "provenance.json"
+    try:
+        return list(json.loads(path.read_bytes())) if path.exists() else []
+    except ValueError:
+        raise CacheDamaged(f"{path} cannot be read; restore it from a copy, or move it away") from None

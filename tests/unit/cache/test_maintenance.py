@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import shutil
 import threading
@@ -17,7 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lift_cache import compaction, files, index, live, segment, snapshot
-from lift_cache.bulk import write_cache
+from lift_cache.bulk import BulkWriter, write_cache
 from lift_cache.encoding import Encoding
 from lift_cache.errors import (
     BadConfig,
@@ -159,7 +160,7 @@ def test_the_number_of_segments_stays_bounded_and_rewriting_cheap(sizes: list[in
     written = 0
     for number, size in enumerate(sizes):
         segments.append(_info(str(number), size))
-        for group in compaction.choose(segments):
+        for group in compaction.choose(segments, {info.id for info in segments}):
             assert len(group) > 1
             total = sum(info.size for info in group)
             written += total
@@ -188,6 +189,25 @@ def test_rows_without_their_captions_are_left_out_of_a_merge_and_kept(
         writer.compact(everything=True)
         assert writer.stats().segments == 3
         assert writer.get(caption_keys(names(0, 40))).found.all()
+
+
+def test_captions_that_are_missing_cost_no_other_captions(
+    tmp_path: Path, recipe: Recipe, vectors: Vectors
+) -> None:
+    many_seals(tmp_path / "cache", recipe, vectors(40), 10)
+    sibling = sorted((tmp_path / "cache" / "segments").glob("*.captions.arrow"))[0]
+    sibling.unlink()
+    assert [sibling.name in problem for problem in verify(tmp_path / "cache").problems] == [True]
+    with CacheWriter.open(tmp_path / "cache") as writer:
+        writer.compact(everything=True)
+        writer.gc()
+        writer.snapshot()
+    reader = CacheReader(tmp_path / "cache")
+    found = []
+    for row in range(40):
+        with contextlib.suppress(CacheDamaged):
+            found += reader.captions(np.array([row]))
+    assert len(found) == 30
 
 
 # Snapshots and collecting
@@ -245,6 +265,20 @@ def test_nothing_is_collected_while_a_snapshot_cannot_be_read(
         with pytest.raises(CacheDamaged, match=r"manifest\.json"):
             writer.gc()
         assert len(segment_ids(cache / "segments")) == 3
+
+
+def test_nothing_is_collected_when_what_took_its_place_is_damaged(
+    tmp_path: Path, recipe: Recipe, vectors: Vectors
+) -> None:
+    cache = tmp_path / "cache"
+    many_seals(cache, recipe, vectors(40), 10)
+    with CacheWriter.open(cache) as writer:
+        merged = writer.compact(everything=True)[0].info
+        path = cache / "segments" / f"{merged.id}.arrow"
+        path.write_bytes(path.read_bytes()[:-9] + b"?" + path.read_bytes()[-8:])
+        with pytest.raises(CacheDamaged, match="may be the only copy"):
+            writer.gc()
+        assert len(segment_ids(cache / "segments")) == 5
 
 
 def test_a_reader_goes_on_while_its_snapshot_is_removed_and_collected(
@@ -331,6 +365,57 @@ def test_merging_adds_what_is_new_and_keeps_what_is_here(
     assert not verify(tmp_path / "mine").problems
 
 
+def test_a_put_during_a_merge_keeps_its_vector(
+    tmp_path: Path, recipe: Recipe, vectors: Vectors, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mine, theirs = vectors(20), vectors(20, seed=1)
+    write_cache(tmp_path / "theirs", recipe, Encoding(dimensions=24), names(0, 20), theirs)
+    with CacheWriter.open(tmp_path / "mine", recipe) as writer:
+        take_in = CacheWriter._take_in
+
+        def late(cache: CacheWriter, one: segment.Segment) -> None:
+            monkeypatch.setattr(CacheWriter, "_take_in", take_in)
+            put(writer, mine, 0, 5)  # acknowledged between the merge's look and its registration
+            take_in(cache, one)
+
+        monkeypatch.setattr(CacheWriter, "_take_in", late)
+        writer.merge(tmp_path / "theirs")
+        expected = np.concatenate([mine[:5], theirs[5:]]).astype(np.float16)
+        for _ in range(2):
+            hits = writer.get(caption_keys(names(0, 20)))
+            np.testing.assert_array_equal(hits.vectors, expected.astype(np.float32))
+            writer.snapshot()
+        assert (writer.stats().rows, writer.stats().tokens) == (20, 5)
+    reader = CacheReader(tmp_path / "mine")
+    np.testing.assert_array_equal(reader.gather(reader.lookup(caption_keys(names(0, 20)))), expected)
+
+
+def test_a_caption_that_a_bulk_job_wrote_twice_keeps_the_vector_of_its_snapshot(
+    tmp_path: Path, recipe: Recipe, vectors: Vectors
+) -> None:
+    for seed in range(5):
+        cache = tmp_path / str(seed)
+        with BulkWriter(cache, recipe, segment_rows=10) as bulk:
+            bulk.add(names(0, 10), vectors(10, seed=seed))
+            bulk.add(names(5, 15), vectors(10, seed=seed + 100))
+            bulk.finish()
+        expected = np.concatenate([vectors(10, seed=seed), vectors(10, seed=seed + 100)[5:]])
+        keys = caption_keys(names(0, 15))
+        with CacheWriter.open(tmp_path / f"merged-{seed}", recipe) as writer:
+            writer.merge(cache)
+            into = writer.get(keys).vectors
+        with CacheWriter.open(cache) as writer:
+            opened = writer.get(keys).vectors
+            writer.snapshot()
+        reader = CacheReader(cache)
+        read = reader.gather(reader.lookup(keys)).astype(np.float32)
+        for found in (into, opened, read):
+            np.testing.assert_array_equal(found, expected.astype(np.float16).astype(np.float32))
+        first = CacheReader(f"{cache}@1")
+        np.testing.assert_array_equal(first.gather(first.lookup(keys)), expected.astype(np.float16))
+        assert not verify(cache).problems
+
+
 def test_segments_written_elsewhere_are_adopted_from_their_directory(
     tmp_path: Path, recipe: Recipe, vectors: Vectors
 ) -> None:
@@ -379,27 +464,34 @@ def test_what_may_not_be_merged_is_refused_and_nothing_is_added(
 def test_puts_that_wait_together_share_a_commit_and_each_is_told_its_own(
     tmp_path: Path, recipe: Recipe, vectors: Vectors, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    drawn = vectors(200)
+    drawn = vectors(20)
     commits: list[int] = []
     commit = LiveTier.put
+    begun, go_on = threading.Event(), threading.Event()
 
-    def slow(tier: LiveTier, rows: live.StoredRows) -> np.ndarray:
+    def held_up(tier: LiveTier, rows: live.StoredRows) -> np.ndarray:
         commits.append(len(rows))
-        threading.Event().wait(0.02)
+        begun.set()
+        assert go_on.wait(30)
         return commit(tier, rows)
 
-    monkeypatch.setattr(LiveTier, "put", slow)
+    monkeypatch.setattr(LiveTier, "put", held_up)
     with CacheWriter.open(tmp_path / "cache", recipe) as writer, ThreadPoolExecutor(20) as pool:
 
-        def one(i: int) -> int:  # every caption is put twice
-            row = Rows(names(i % 100, i % 100 + 1), drawn[i % 100][None], np.ones(1), np.zeros(1))
-            return writer.put(row).stored
+        def one(i: int) -> int:
+            return writer.put(Rows(names(i, i + 1), drawn[i][None], np.ones(1), np.zeros(1))).stored
 
-        stored = list(pool.map(one, range(200)))
-        assert sum(stored) == 100
-        assert len(commits) < 100
-        hits = writer.get(caption_keys(names(0, 100)))
-        np.testing.assert_array_equal(hits.vectors, drawn[:100].astype(np.float16).astype(np.float32))
+        first = pool.submit(one, 0)
+        assert begun.wait(30)
+        others = [pool.submit(one, i % 10) for i in range(1, 20)]  # most captions twice, one a third time
+        while len(writer._waiting) < 19:
+            threading.Event().wait(0.001)
+        go_on.set()
+        stored = [first.result(), *(other.result() for other in others)]
+        assert commits == [1, 10]
+        assert sum(stored) == 10
+        hits = writer.get(caption_keys(names(0, 10)))
+        np.testing.assert_array_equal(hits.vectors, drawn[:10].astype(np.float16).astype(np.float32))
 
 
 def test_after_a_failed_commit_the_disk_is_asked_again_before_the_next(
