@@ -19,6 +19,7 @@ from lift_cache.encoding import Encoding
 from lift_cache.errors import LiftError, VectorRejected
 from lift_cache.keys import KEY_BYTES, key_of_normalised, normalise
 from lift_cache.lock import WriterLock
+from lift_cache.provenance import save_provenance
 from lift_cache.recipe import Recipe
 from lift_cache.segment import (
     SegmentInfo,
@@ -75,6 +76,8 @@ class BulkWriter:
             files.refuse_other_content(self.path)
             self.encoding.save(self.path / "encoding.json")
             recipe.save(self.path / "recipe.json")
+            if self._provenance:
+                save_provenance(self.path, self._provenance)
             files.make_directory(self._segments_dir)
         except BaseException:
             self._lock.release()

@@ -29,26 +29,27 @@ def choose(
 
     Args:
         with_captions: ids of those whose captions are here. The others cannot be merged with them into one file
-            and its sibling, and are left as they are.
+            and its sibling, only with each other.
         everything: merge whatever may be merged, however few there are.
     """
-    total = sum(info.size for info in segments)
-    allowed = 1 if everything else SEGMENTS + total // LARGE_BYTES
-    small = sorted(
-        (info for info in segments if info.size < LARGE_BYTES and info.id in with_captions),
-        key=lambda info: (info.size, info.id),
-    )
     groups: list[list[SegmentInfo]] = []
-    excess = len(segments) - allowed
-    while excess > 0 and len(small) > 1:
-        group, size = [small.pop(0)], 0
-        while small and size < LARGE_BYTES:
-            size = sum(info.size for info in group)
-            if excess <= 0 and small[0].size > size:
+    for captions in (True, False):
+        small = sorted(
+            (i for i in segments if i.size < LARGE_BYTES and (i.id in with_captions) == captions),
+            key=lambda info: (info.size, info.id),
+        )
+        allowed = 1 if everything else SEGMENTS + sum(info.size for info in small) // LARGE_BYTES
+        excess = len(small) - allowed
+        while excess > 0 and len(small) > 1:
+            group = [small.pop(0)]
+            size = group[0].size
+            while small and (excess > 0 or small[0].size <= size) and size + small[0].size <= LARGE_BYTES:
+                size += small[0].size
+                group.append(small.pop(0))
+                excess -= 1
+            if len(group) == 1:
                 break
-            group.append(small.pop(0))
-            excess -= 1
-        groups.append(group)
+            groups.append(group)
     return groups
 
 

@@ -72,7 +72,8 @@ def share_with_group(path: Path) -> None:
 def publish(temporary: Path, final: Path) -> None:
     """Turn a finished temporary file into the final one, durably."""
     sync_file(temporary)
-    share_with_group(temporary)
+    if temporary.stat().st_nlink == 1:  # a link has its group from where it was made
+        share_with_group(temporary)
     temporary.replace(final)
     sync_directory(final.parent)
 

@@ -89,7 +89,8 @@ class FlatMap:
         size = sum(spans) + unit
         flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0)
         base = _map(None, size, 0, flags, -1, 0)
-        weakref.finalize(self, _libc.munmap, base, size)
+        # Not at the end of the process: a thread that still gathers would be reading unmapped memory.
+        weakref.finalize(self, _libc.munmap, base, size).atexit = False
         start = -(-base // unit) * unit
         first = []
         at = start

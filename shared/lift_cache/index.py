@@ -3,7 +3,7 @@
     index-<k>.arrow    key · location (segment in the upper, row in the lower 32 bits)
     prefix-<k>.arrow   for every value of the keys' leading bits, the first row of the index that has it
 
-Keys are hashes, so about one key shares an entry of the prefix table: a lookup is one read of the table and
+Keys are hashes, so an entry of the prefix table stands for one key or none: a lookup is one read of the table and
 one or two of the index, vectorised. An index is built range by range of the key space, in memory that does not
 grow with it. A large snapshot has a base and a few deltas (k = 0, 1, …), so that a new snapshot of a large cache
 does not write the whole index again; a key is in one of them only.
@@ -11,6 +11,7 @@ does not write the whole index again; a key is in one of them only.
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,11 +22,11 @@ from pydantic import BaseModel, ConfigDict
 
 from lift_cache import files
 from lift_cache.errors import CacheDamaged
-from lift_cache.keys import KEY_BYTES, halves
-from lift_cache.segment import Segment, binary_array, binary_values
+from lift_cache.keys import KEY_BYTES, halves, sort_order
+from lift_cache.segment import Segment, binary_array, binary_values, number_values
 
 INDEX_SCHEMA = pa.schema([("key", pa.binary(KEY_BYTES)), ("location", pa.uint64())])
-ROW_BYTES = KEY_BYTES + 8 + 4
+ROW_BYTES = KEY_BYTES + 8 + 8
 """Bytes of index per caption, the prefix table among it."""
 
 RANGE_ROWS = 1 << 20
@@ -33,6 +34,8 @@ RANGE_ROWS = 1 << 20
 
 MAX_BITS = 40
 PROBES = 10_000
+BOTH = 0x0101
+"""Two bools, both true, as one number."""
 
 
 class FileInfo(BaseModel):
@@ -85,6 +88,8 @@ class OpenIndex:
         """
         self.rows = len(keys)
         self._keys, self._location, self._first = keys.view(np.uint64), location, first
+        # Halves of keys, the even ones first halves; without the last, so that clipping ends at a first half.
+        self._halves = self._keys.reshape(-1)[:-1]
         self._shift, self._where = np.uint64(64 - bits), where
 
     @classmethod
@@ -95,10 +100,10 @@ class OpenIndex:
         table = _read_batch(directory / prefix_name(number), part.prefix.size)
         try:
             keys = binary_values(batch.column("key"))
-            location, first = batch.column("location").to_numpy(), table.column("first").to_numpy()
-        except (KeyError, ValueError):
+            location, first = number_values(batch.column("location")), number_values(table.column("first"))
+        except (KeyError, ValueError, TypeError, IndexError, NotImplementedError, pa.ArrowException):
             raise CacheDamaged(f"{path} is not an index; make a new snapshot") from None
-        if len(keys) != part.rows or len(first) != 2**part.prefix_bits + 1:
+        if not len(keys) == len(location) == part.rows or len(first) != 2**part.prefix_bits + 1:
             raise CacheDamaged(f"{path} has other rows than its manifest says; make a new snapshot")
         return cls(keys, location, first, part.prefix_bits, str(path))
 
@@ -119,28 +124,47 @@ class OpenIndex:
         Raises:
             CacheDamaged: the prefix table cannot be right.
         """
-        found = np.full(len(keys), -1, np.int64)
         if not self.rows or not len(keys):
-            return found
+            return np.full(len(keys), -1, np.int64)
         wanted = np.ascontiguousarray(keys).view(np.uint64)
-        bucket = wanted[:, 0].byteswap() >> self._shift
-        at = self._first.take(bucket.view(np.int64)).astype(np.int64)
-        end = self._first.take((bucket + np.uint64(1)).view(np.int64)).astype(np.int64)
-        if (end > self.rows).any():
+        high = wanted[:, 0].byteswap()
+        first = self._first.take((high >> self._shift).view(np.int64))
+        if first.max() > self.rows:
             raise CacheDamaged(f"{self._where} has a prefix table of another index; make a new snapshot")
-        asked = np.flatnonzero(at < end)
-        if len(asked) < len(keys):
-            at, end, wanted = at[asked], end[asked], wanted[asked]
+        at = first.astype(np.int64)
+        # Step to the first row that is not below. Few keys share their leading bits: two steps are enough for nearly
+        # all, and to take all of them along costs less than to pick out those that need a step.
+        at += self._below(at, high)
+        below = self._below(at, high)
+        at += below
+        left = np.flatnonzero(below)
         for _ in range(PROBES):
-            if not len(asked):
-                return found
-            there = self._keys.take(at, axis=0)
-            same = (there[:, 0] == wanted[:, 0]) & (there[:, 1] == wanted[:, 1])
-            found[asked[same]] = at[same]
-            at += 1
-            on = np.flatnonzero(~same & (at < end))
-            asked, at, end, wanted = asked[on], at[on], end[on], wanted[on]
-        raise CacheDamaged(f"{self._where} has a prefix table of another index; make a new snapshot")
+            if not len(left):
+                break
+            left = left[self._below(at[left], high[left])]
+            at[left] += 1
+        else:
+            raise CacheDamaged(f"{self._where} has a prefix table of another index; make a new snapshot")
+        np.minimum(at, self.rows - 1, out=at)
+        there = self._keys.take(at, axis=0)
+        same = (there == wanted).view(np.uint16).ravel() == BOTH
+        found = np.where(same, at, -1)
+        if not same.all():
+            for i in np.flatnonzero(~same & (there[:, 0] == wanted[:, 0])).tolist():
+                found[i] = self._beyond(int(at[i]), wanted[i])
+        return found
+
+    def _below(self, at: np.ndarray, high: np.ndarray) -> np.ndarray:
+        """Whether the first halves of the keys at rows are below `high`: bool [n], False beyond the last row."""
+        return (self._halves.take(2 * at, mode="clip").byteswap() < high) & (at < self.rows)
+
+    def _beyond(self, row: int, wanted: np.ndarray) -> int:
+        """The row after `row` that has a key, where several keys have the same first half; -1 when there is none."""
+        while row < self.rows and self._keys[row, 0] == wanted[0]:
+            if self._keys[row, 1] == wanted[1]:
+                return row
+            row += 1
+        return -1
 
     def locations(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Where rows are: position of the segment in the part's list int64 [n], row in it int64 [n]."""
@@ -200,13 +224,13 @@ def merged_ranges(
         truncated = np.concatenate(
             [s.column("truncated", row) for s, row in zip(segments, rows, strict=True)]
         )
-        high, low = halves(keys)
-        order = np.lexsort((low, high))  # stable: of equal keys the first segment's comes first
-        high, low = high[order], low[order]
+        order = sort_order(keys)  # stable: of equal keys the first segment's comes first
+        keys = keys[order]
+        halved = keys.view(np.uint64)
         first = np.ones(len(order), bool)
-        first[1:] = (high[1:] != high[:-1]) | (low[1:] != low[:-1])
-        order = order[first]
-        yield Range(keys[order], high[first], location[order], tokens[order], truncated[order])
+        first[1:] = (halved[1:] != halved[:-1]).any(1)
+        order, keys = order[first], keys[first]
+        yield Range(keys, halves(keys)[0], location[order], tokens[order], truncated[order])
 
 
 def range_bits(rows: int) -> int:
@@ -215,8 +239,8 @@ def range_bits(rows: int) -> int:
 
 
 def prefix_bits(rows: int) -> int:
-    """Leading bits in the prefix table, so that one to two keys share an entry."""
-    return min(MAX_BITS, max(1, range_bits(rows), rows.bit_length() - 1))
+    """Leading bits in the prefix table, so that there are one to two entries for a key."""
+    return min(MAX_BITS, max(1, range_bits(rows), rows.bit_length()))
 
 
 def build_index(
@@ -252,7 +276,8 @@ def build_index(
                 bucket = (part.high >> np.uint64(64 - bits)).astype(np.int64)
                 last = int(bucket[-1])
                 # Entry b is the first row whose leading bits are at least b.
-                first = rows + np.searchsorted(bucket, np.arange(entries, last + 1))
+                counts = np.bincount(bucket - entries)
+                first = rows + np.cumsum(counts) - counts
                 first_file.write(first.astype(wide).tobytes())
                 entries = last + 1
                 key_file.write(part.keys.tobytes())
@@ -287,9 +312,14 @@ def build_index(
 
 
 def _mapped(path: Path, dtype: np.dtype) -> np.ndarray:
-    if not path.stat().st_size:
+    """A file as an array, its pages mapped at once: what is written from pages that are not goes to the page cache
+    piece by piece, and is never mapped in huge pages when it is read."""
+    size = path.stat().st_size
+    if not size:
         return np.zeros(0, dtype)
-    return np.frombuffer(np.memmap(path, dtype, "r"), dtype)
+    flags = mmap.MAP_SHARED | getattr(mmap, "MAP_POPULATE", 0)
+    with path.open("rb") as file:
+        return np.frombuffer(mmap.mmap(file.fileno(), size, flags, mmap.PROT_READ), dtype)
 
 
 def _write_batch(path: Path, batch: pa.RecordBatch) -> FileInfo:
@@ -303,7 +333,9 @@ def _read_batch(path: Path, size: int) -> pa.RecordBatch:
     try:
         if path.stat().st_size != size:
             raise CacheDamaged(f"{path} is not {size} bytes; restore it from a copy or make a new snapshot")
-        return pa.ipc.open_file(pa.memory_map(str(path), "r")).get_batch(0)
+        batch = pa.ipc.open_file(pa.memory_map(str(path), "r")).get_batch(0)
+        batch.validate()  # buffers are as long as the rows need
+        return batch
     except FileNotFoundError:
         raise CacheDamaged(f"{path} is missing; restore it from a copy or make a new snapshot") from None
     except PermissionError:

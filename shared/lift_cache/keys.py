@@ -64,7 +64,12 @@ def caption_keys(captions: Sequence[str]) -> np.ndarray:
 def sort_order(keys: np.ndarray) -> np.ndarray:
     """Positions that put keys (uint8 [n, 16]) in ascending byte order: int64 [n]. Stable."""
     high, low = halves(keys)
-    return np.lexsort((low, high))
+    # Keys of several segments, one after the other, are runs in order, which this sort finds and merges.
+    order = np.argsort(high, kind="stable")
+    high, low = high[order], low[order]
+    if ((high[1:] == high[:-1]) & (low[1:] < low[:-1])).any():
+        return np.lexsort(halves(keys)[::-1])
+    return order
 
 
 def halves(keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -45,7 +45,9 @@ from lift_cache.segment import (
     SegmentInfo,
     StoredRows,
     binary_values,
+    flag_values,
     list_values,
+    number_values,
     vector_schema,
 )
 
@@ -138,7 +140,7 @@ class LiveTier:
         self._write_turn = threading.Lock()
         self._gate = threading.Condition()
         self._readers = 0
-        self._suspect = False
+        self._suspect = self._closed = self._checking = False
         if not readonly and not (path / "data.mdb").exists():
             self._create()
         self._open(path)
@@ -154,7 +156,7 @@ class LiveTier:
             try:
                 files.make_directory(temporary)
                 self._open(temporary)
-                self.close()
+                self._env.close()
                 files.sync_directory(temporary)  # the file itself was synced by the commits in `_open`
                 files.share_with_group(temporary)
                 if self.path.is_dir():  # emptied by hand
@@ -177,6 +179,7 @@ class LiveTier:
                 lock=not readonly,
             )
             try:
+                self._require_whole(path)
                 self._meta = self._env.open_db(b"meta", create=not readonly)
                 self._claim()
                 self._fresh, self._batches, self._index, self._segments, self._counts = (
@@ -190,6 +193,15 @@ class LiveTier:
                 self._env.close()
                 raise
 
+    def _require_whole(self, path: Path) -> None:
+        """A page that lies beyond the end of the file would end the process that reads it."""
+        pages, size = self._env.info()["last_pgno"] + 1, (path / "data.mdb").stat().st_size
+        if size < pages * self._env.stat()["psize"]:
+            raise CacheDamaged(
+                f"{path / 'data.mdb'} is cut short ({size:,} bytes); `lift-cache repair` rebuilds it from the "
+                "sealed segments"
+            )
+
     def _claim(self) -> None:
         ours = {
             "version": LIVE_VERSION,
@@ -201,11 +213,15 @@ class LiveTier:
             if found is None and not self._readonly:
                 txn.put(b"cache", json.dumps(ours).encode(), db=self._meta)
                 return
-            known = json.loads(found or b"null")
-        if known and known["version"] != LIVE_VERSION:
-            newer = known["version"] > LIVE_VERSION
+            try:
+                known = json.loads(found or b"{}")
+                version = int(known.get("version", LIVE_VERSION))
+            except (ValueError, AttributeError, TypeError):
+                raise CacheDamaged(f"{self.path} cannot be read; run `lift-cache repair`") from None
+        if version != LIVE_VERSION:
+            newer = version > LIVE_VERSION
             raise UnsupportedFormat(
-                f"{self.path} has version {known['version']}; this software reads {LIVE_VERSION}: "
+                f"{self.path} has version {version}; this software reads {LIVE_VERSION}: "
                 + ("update it, or " if newer else "")
                 + "run `lift-cache seal` with the version that wrote it, then move that directory away"
             )
@@ -215,15 +231,21 @@ class LiveTier:
             )
 
     def close(self) -> None:
-        """Wait for readers, then close."""
-        with self._gate:
+        """Wait for what is under way, then close. Closing twice does nothing."""
+        with self._write_turn, self._gate:
+            self._closed = True
             self._gate.wait_for(lambda: not self._readers)
             self._env.close()
 
     @contextlib.contextmanager
     def _reading(self) -> Iterator[None]:
         """Keep the environment open; never inside another, since reopening waits for all to end."""
+        if self._suspect and not self._checking:  # LMDB may refuse to read as well
+            with self._write_turn:
+                self._require_sound()
         with self._gate:
+            if self._closed:
+                raise StorageFailed(f"{self.path} is closed")
             self._readers += 1
         try:
             with lmdb_errors(self.path):
@@ -249,14 +271,24 @@ class LiveTier:
     def _write(self) -> Iterator[lmdb.Transaction[bytes]]:
         """A durable transaction; the next one after a failure begins with a check of what the disk holds."""
         with self._write_turn:
-            if self._suspect:
-                self._reopen()
+            self._require_sound()
             try:
                 with lmdb_errors(self.path), self._env.begin(write=True) as txn:
                     yield txn
             except BaseException:
                 self._suspect = True
                 raise
+
+    def _require_sound(self) -> None:
+        """In the write turn: reopen after a failure. Raises CacheDamaged, StorageFailed."""
+        if self._closed:
+            raise StorageFailed(f"{self.path} is closed")
+        if self._suspect:
+            self._checking = True
+            try:
+                self._reopen()
+            finally:
+                self._checking = False
 
     def _reopen(self) -> None:
         """Raises CacheDamaged: something that was acknowledged is not there any more."""
@@ -395,6 +427,11 @@ class LiveTier:
                 items = list(itertools.islice(cursor.iternext(), CHUNK_ROWS)) if there else []
             if not items:
                 return
+            names = [after[:-1], *(key for key, _ in items)]
+            if any(a >= b for a, b in itertools.pairwise(names)):  # damaged pages can lead round in a circle
+                raise CacheDamaged(f"{self.path} has an index that is not in order; run `lift-cache repair`")
+            if {len(key) for key, _ in items} != {KEY_BYTES} or {len(v) for _, v in items} != {LOCATION.size}:
+                raise CacheDamaged(f"{self.path} has an index that cannot be read; run `lift-cache repair`")
             keys = np.frombuffer(b"".join(key for key, _ in items), np.uint8).reshape(-1, KEY_BYTES)
             yield keys, np.frombuffer(b"".join(value for _, value in items), LOCATION_DTYPE)
             after = items[-1][0] + b"\0"
@@ -558,9 +595,9 @@ class LiveTier:
             return StoredRows(
                 binary_values(batch.column(0)),
                 list_values(batch.column(1), self._encoding.dimensions),
-                batch.column(2).to_numpy(),
-                batch.column(3).to_numpy(zero_copy_only=False),
-                batch.column(4).to_numpy(),
+                number_values(batch.column(2)),
+                flag_values(batch.column(3), np.arange(len(batch))),
+                number_values(batch.column(4)),
                 batch.column(5),
             )
         except (OSError, ValueError, pa.ArrowException) as error:

@@ -80,8 +80,16 @@ class CacheReader:
 
     def _map(self) -> None:
         """Map keys and vectors of all segments into one array each, so that a gather is one `take`."""
+        batches = [len(segment.key_extents()) for segment in self._segments]
+        self._first_batch = np.cumsum([0, *batches])[:-1]
+        self._segment_rows = np.array([segment.rows for segment in self._segments], np.int64)
+        self._one_batch_each = all(count == 1 for count in batches)
+        self._batch_rows = max((segment.batch_rows for segment in self._segments), default=1)
         self._keys = self._vectors = None
         try:
+            for segment, count in zip(self._segments, batches, strict=True):
+                if count > 1 and segment.batch_rows != self._batch_rows:
+                    raise Unplaceable(str(segment.path))
             self._keys = FlatMap(
                 [extent for segment in self._segments for extent in segment.key_extents()],
                 KEY_BYTES,
@@ -92,13 +100,17 @@ class CacheReader:
                 self.dimensions * self.encoding.numpy_dtype.itemsize,
                 random=True,
             )
-        except Unplaceable:  # segments of format 1: they are read one by one
+        except (Unplaceable, OSError):  # segments of format 1, or too many to map: they are read one by one
             self._keys = self._vectors = None
-        batches = [len(segment.key_extents()) for segment in self._segments]
-        self._first_batch = np.cumsum([0, *batches])[:-1]
-        self._segment_rows = np.array([segment.rows for segment in self._segments], np.int64)
-        self._batch_rows = np.array([segment.batch_rows for segment in self._segments], np.int64)
-        self._one_batch_each = all(count == 1 for count in batches)
+            return
+        # What is added to a row of a segment to have its number in the map, batch by batch.
+        before = [
+            batch * segment.batch_rows
+            for segment, count in zip(self._segments, batches, strict=True)
+            for batch in range(count)
+        ]
+        self._key_base = self._keys.first - np.array(before, np.int64)
+        self._vector_base = self._vectors.first - np.array(before, np.int64)
 
     @property
     def recipe(self) -> Recipe:
@@ -152,7 +164,10 @@ class CacheReader:
 
     def keys(self, rows: np.ndarray) -> np.ndarray:
         """Keys of rows: uint8 [n, 16]. Raises IndexError: a row outside the snapshot, such as -1."""
-        rows = self._within(rows)
+        return self._keys_of(self._within(rows))
+
+    def _keys_of(self, rows: np.ndarray) -> np.ndarray:
+        """As `keys`, of rows that are known to be within."""
         if len(self._index) == 1:
             return self._index[0].keys(rows)
         out = np.empty((len(rows), KEY_BYTES), np.uint8)
@@ -174,21 +189,20 @@ class CacheReader:
             CacheDamaged: a row holds another key or, with `check`, other bytes.
             IndexError: a row outside the snapshot.
         """
-        keys = self.keys(rows)
+        rows = np.asarray(rows, np.int64)
         segment, row = self._locate(rows)
+        keys = self._keys_of(rows)
         if self._keys is not None and self._vectors is not None and not check:
             batch = self._first_batch.take(segment)
             if not self._one_batch_each:
-                in_batch = self._batch_rows.take(segment)
-                batch = batch + row // in_batch
-                row = row % in_batch
-            held = self._keys.take(self._keys.first.take(batch) + row, np.uint64)
-            if not np.array_equal(held, keys.view(np.uint64)):
+                batch += row // self._batch_rows
+            held = self._keys.take(self._key_base.take(batch) + row, np.uint64)
+            if (held != keys.view(np.uint64)).any():
                 raise CacheDamaged(
                     f"{self.path}: segments hold other keys than snapshot {self.snapshot_id} says; "
                     "run `lift-cache verify`"
                 )
-            return self._vectors.take(self._vectors.first.take(batch) + row, self.encoding.numpy_dtype)
+            return self._vectors.take(self._vector_base.take(batch) + row, self.encoding.numpy_dtype)
         out = np.empty((len(segment), self.dimensions), self.encoding.numpy_dtype)
         for one, here in self._by_segment(segment):
             out[here] = one.gather(keys[here], row[here], check=check)
@@ -244,8 +258,8 @@ class CacheReader:
         return out
 
     def _within(self, rows: np.ndarray) -> np.ndarray:
-        rows = np.asarray(rows, np.int64)
-        if len(rows) and (rows.min() < 0 or rows.max() >= self.rows):
+        rows = np.ascontiguousarray(rows, np.int64)
+        if len(rows) and rows.view(np.uint64).max() >= self.rows:  # a negative number is a huge one, unsigned
             raise IndexError(f"rows must be in 0 … {self.rows - 1}; look missing captions up first")
         return rows
 

@@ -143,10 +143,24 @@ def binary_values(array: pa.Array) -> np.ndarray:
     return whole[array.offset : array.offset + len(array)]
 
 
+def number_values(array: pa.Array) -> np.ndarray:
+    """An Arrow column of numbers as [n], without a copy. (Its own `to_numpy` imports pandas, wherever that is.)"""
+    values = np.frombuffer(array.buffers()[1], array.type.to_pandas_dtype())
+    return values[array.offset : array.offset + len(array)]
+
+
 def list_values(array: pa.Array, dimensions: int) -> np.ndarray:
     """An Arrow vector column as [n, d], without a copy."""
-    values = array.values.to_numpy(zero_copy_only=True).reshape(-1, dimensions)
-    return values[array.offset : array.offset + len(array)]
+    values = number_values(array.values)
+    return values[: len(values) // dimensions * dimensions].reshape(-1, dimensions)[array.offset :][
+        : len(array)
+    ]
+
+
+def flag_values(array: pa.Array, rows: np.ndarray) -> np.ndarray:
+    """The given rows (int64 [m]) of an Arrow column of bools: bool [m]."""
+    bits, at = np.frombuffer(array.buffers()[1], np.uint8), rows + array.offset
+    return (bits.take(at >> 3) >> (at & 7).astype(np.uint8) & 1).view(bool)
 
 
 class SegmentInfo(BaseModel):
@@ -383,6 +397,25 @@ def _framing(schema: pa.Schema, metadata: dict[str, str]) -> tuple[int, int]:
     return first - head - body, head
 
 
+class _Texts:
+    """A column of captions, read without trust: Arrow would follow damaged offsets anywhere."""
+
+    def __init__(self, column: pa.Array) -> None:
+        """Raises ValueError, IndexError, TypeError: not such a column."""
+        _, offsets, data = column.buffers()
+        if column.type != pa.large_string() or column.offset or offsets.size < 8 * (len(column) + 1):
+            raise ValueError("not a column of captions")
+        self._offsets = np.frombuffer(offsets, np.int64, len(column) + 1)
+        self._data = memoryview(data or b"")
+
+    def text(self, row: int) -> str:
+        """Raises ValueError, IndexError."""
+        start, stop = int(self._offsets[row]), int(self._offsets[row + 1])
+        if not 0 <= start <= stop <= len(self._data):
+            raise ValueError(f"row {row} has no such bytes")
+        return bytes(self._data[start:stop]).decode()
+
+
 class Segment:
     """A sealed segment, memory-mapped.
 
@@ -418,18 +451,33 @@ class Segment:
                 trailer = _decoded(reader.get_batch_with_custom_metadata(batches).custom_metadata)
                 self.captions_digest = trailer["lift.captions"]
             self._batches = [reader.get_batch(i) for i in range(batches)]
+            for batch in self._batches:
+                batch.validate()  # buffers are as long as the rows need
             self._base = source.read_buffer().address
+            dimensions = self.encoding.dimensions
+            self._keys = [binary_values(batch.column(0)) for batch in self._batches]
+            self._vectors = [list_values(batch.column(1), dimensions) for batch in self._batches]
+            if not self._batches or any(
+                not len(k) == len(v) == len(b)
+                for k, v, b in zip(self._keys, self._vectors, self._batches, strict=True)
+            ):
+                raise ValueError("columns of different lengths")
         except FileNotFoundError:
             raise CacheDamaged(f"{self.path} is missing; restore it from a copy of the cache") from None
-        except (OSError, pa.ArrowException, KeyError, ValueError, UnicodeDecodeError) as error:
+        except (
+            OSError,
+            pa.ArrowException,
+            KeyError,
+            ValueError,
+            TypeError,
+            IndexError,
+            NotImplementedError,
+        ) as error:
             raise CacheDamaged(
                 f"{self.path} cannot be read ({_first_line(error)}); run `lift-cache verify`"
             ) from None
-        dimensions = self.encoding.dimensions
-        self._keys = [binary_values(batch.column(0)) for batch in self._batches]
-        self._vectors = [list_values(batch.column(1), dimensions) for batch in self._batches]
         self._columns: dict[str, list[np.ndarray]] = {}
-        self._siblings: list[pa.RecordBatch] | None = None
+        self._siblings: list[_Texts] | None = None
         self.rows = sum(len(batch) for batch in self._batches)
         # Every batch but the last is of one length, so a row's batch is a division.
         self.batch_rows = max(1, len(self._batches[0]) if self._batches else 1)
@@ -500,7 +548,7 @@ class Segment:
         checksums = self.column("checksum", rows)
         self._require(keys, vectors, checksums, rows)
         tokens, truncated = self.column("tokens", rows), self.column("truncated", rows)
-        texts = self._captions_of(rows, keys) if captions else None
+        texts = pa.array(self.captions(keys, rows), pa.large_string()) if captions else None
         return StoredRows(keys, vectors, tokens, truncated, checksums, texts)
 
     def _slice(self, columns: list[np.ndarray], start: int, stop: int) -> np.ndarray:
@@ -516,15 +564,19 @@ class Segment:
 
     def column(self, name: str, rows: np.ndarray) -> np.ndarray:
         """`tokens` int32, `truncated` bool or `checksum` uint64 of the given rows: [n]."""
-        return self._gather(self._column(name), rows)
+        if name == "truncated":
+            return self._truncated(rows)
+        if name not in self._columns:
+            self._columns[name] = [number_values(batch.column(name)) for batch in self._batches]
+        return self._gather(self._columns[name], rows)
 
-    def _column(self, name: str) -> list[np.ndarray]:
-        known = self._columns.get(name)
-        if known is None:
-            known = [batch.column(name).to_numpy(zero_copy_only=False) for batch in self._batches]
-            if name != "truncated":  # bits, which NumPy can only have as a copy
-                self._columns[name] = known
-        return known
+    def _truncated(self, rows: np.ndarray) -> np.ndarray:
+        out = np.empty(len(rows), bool)
+        batch_of = rows // self.batch_rows
+        for b in np.unique(batch_of).tolist():
+            here = batch_of == b
+            out[here] = flag_values(self._batches[b].column("truncated"), rows[here] - b * self.batch_rows)
+        return out
 
     def gather(self, keys: np.ndarray, rows: np.ndarray, *, check: bool) -> np.ndarray:
         """Vectors of the given rows, each compared with the key it is expected to have.
@@ -560,37 +612,30 @@ class Segment:
         return captions_path(self.directory, self.id).is_file()
 
     def captions(self, keys: np.ndarray, rows: np.ndarray) -> list[str]:
-        """Captions of the given rows, each compared with the key it is expected to have.
+        """Captions of the given rows, each proved by the key it is expected to have.
 
         Raises:
-            CacheDamaged: the sibling is not there, cannot be read, or holds other keys.
+            CacheDamaged: the sibling is not there, cannot be read, or holds other captions.
         """
-        return list(self._captions_of(rows, keys).to_pylist())
-
-    def _captions_of(self, rows: np.ndarray, keys: np.ndarray) -> pa.Array:
         path = captions_path(self.directory, self.id)
         try:
             if self._siblings is None:
                 reader = pa.ipc.open_file(pa.memory_map(str(path), "r"))
-                self._siblings = [reader.get_batch(i) for i in range(reader.num_record_batches)]
-            parts, order = [], []
-            batch_of = rows // self.batch_rows
-            for b in np.unique(batch_of).tolist():
-                here = np.flatnonzero(batch_of == b)
-                parts.append(self._siblings[b].take(pa.array(rows[here] - b * self.batch_rows)))
-                order.append(here)
+                self._siblings = [
+                    _Texts(reader.get_batch(i).column("caption")) for i in range(reader.num_record_batches)
+                ]
+            found = [
+                self._siblings[batch].text(row)
+                for batch, row in zip(*np.divmod(rows, self.batch_rows), strict=True)
+            ]
+            right = all(caption_key(text) == key.tobytes() for text, key in zip(found, keys, strict=True))
         except FileNotFoundError:
             raise CacheDamaged(f"{path} is not here: this copy was made without captions") from None
-        except (OSError, pa.ArrowException, KeyError, IndexError) as error:
+        except (OSError, pa.ArrowException, KeyError, ValueError, IndexError, BadCaption) as error:
             raise CacheDamaged(f"{path} cannot be read ({_first_line(error)})") from None
-        if not parts:
-            return pa.array([], pa.large_string())
-        back = np.argsort(np.concatenate(order))
-        held = np.concatenate([binary_values(part.column(0)) for part in parts])[back]
-        if not np.array_equal(held, keys):
-            raise CacheDamaged(f"{path} holds other keys than the index says; run `lift-cache verify`")
-        captions = pa.concat_arrays([part.column(1) for part in parts])
-        return captions if len(parts) == 1 else captions.take(pa.array(back))
+        if not right:
+            raise CacheDamaged(f"{path} holds other captions than its keys say; run `lift-cache verify`")
+        return found
 
     def info(self) -> SegmentInfo:
         """What a registry says of it, read from the files."""
@@ -611,8 +656,11 @@ def _decoded(metadata: dict[bytes, bytes] | pa.KeyValueMetadata | None) -> dict[
     return {key.decode(): value.decode() for key, value in (metadata or {}).items()}
 
 
-def check_segment(directory: Path, segment_id: str, *, need_captions: bool) -> Segment:
-    """Read every byte of a segment and prove it.
+def check_segment(directory: Path, segment_id: str, *, captions: bool = True) -> Segment:
+    """Read every byte of a segment, and of its captions where they are here, and prove them.
+
+    Args:
+        captions: False leaves its captions alone.
 
     Returns:
         The open segment.
@@ -627,12 +675,9 @@ def check_segment(directory: Path, segment_id: str, *, need_captions: bool) -> S
     except FileNotFoundError:
         raise CacheDamaged(f"{path} is missing; restore it from a copy of the cache") from None
     segment = Segment(directory, segment_id)
-    has_captions = need_captions or sibling.exists()
-    try:
-        if has_captions and files.digest_file(sibling) != segment.captions_digest:
-            raise CacheDamaged(f"{sibling}: its bytes are not those that {path.name} names")
-    except FileNotFoundError:
-        raise CacheDamaged(f"{sibling} is missing; restore it from a copy of the cache") from None
+    has_captions = captions and sibling.exists()
+    if has_captions and files.digest_file(sibling) != segment.captions_digest:
+        raise CacheDamaged(f"{sibling}: its bytes are not those that {path.name} names")
     before = b""
     for start in range(0, segment.rows, CHECK_ROWS):
         rows = segment.slice(start, min(start + CHECK_ROWS, segment.rows), captions=has_captions)
@@ -641,13 +686,6 @@ def check_segment(directory: Path, segment_id: str, *, need_captions: bool) -> S
         if not ascending.all() or rows.keys[0].tobytes() <= before:
             raise CacheDamaged(f"{path}: its keys are not in order")
         before = rows.keys[-1].tobytes()
-        for row, caption in enumerate(rows.captions.to_pylist() if rows.captions is not None else ()):
-            try:
-                right = caption_key(caption) == rows.keys[row].tobytes()
-            except BadCaption:
-                right = False
-            if not right:
-                raise CacheDamaged(f"{sibling}: row {start + row} is not the caption of its key")
     return segment
 
 

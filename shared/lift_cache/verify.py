@@ -15,9 +15,10 @@ import numpy as np
 from lift_cache.encoding import Encoding
 from lift_cache.errors import CacheDamaged, CacheLocked, CacheNotFound, LiftError
 from lift_cache.lock import WriterLock
+from lift_cache.provenance import provenance_of
 from lift_cache.reader import CacheReader
 from lift_cache.recipe import Recipe
-from lift_cache.segment import CHECK_ROWS, Segment, captions_path, check_segment, segment_ids
+from lift_cache.segment import CHECK_ROWS, Segment, check_segment, segment_ids
 from lift_cache.snapshot import require_index, snapshots_of
 
 
@@ -58,21 +59,25 @@ def verify(path: str | os.PathLike[str], progress: Callable[[str], None] = lambd
         else:
             recipe = loaded if isinstance(loaded, Recipe) else recipe
             encoding = loaded if isinstance(loaded, Encoding) else encoding
+    try:
+        provenance_of(path)
+    except LiftError as error:
+        report.problems.append(str(error))
     good = []
     for segment_id in segment_ids(path / "segments"):
         progress(f"segment {segment_id}")
         report.segments += 1
         try:
-            segment = check_segment(path / "segments", segment_id, need_captions=False)
+            segment = check_segment(path / "segments", segment_id)
             report.rows += segment.rows
-            good.append(segment_id)
+            good.append(segment)
             if recipe is not None:
                 recipe.require_same(segment.recipe, here="recipe.json", there=segment.path.name)
             if encoding is not None:
                 encoding.require_same(segment.encoding, here="encoding.json", there=segment.path.name)
         except LiftError as error:
             report.problems.append(str(error))
-    report.problems += lost_captions(path / "segments", good)
+    report.problems += lost_captions(good)
     for snapshot_id in snapshots_of(path):
         progress(f"snapshot {snapshot_id}")
         report.snapshots += 1
@@ -86,13 +91,13 @@ def verify(path: str | os.PathLike[str], progress: Callable[[str], None] = lambd
     return report
 
 
-def lost_captions(directory: Path, ids: list[str]) -> list[str]:
+def lost_captions(segments: list[Segment]) -> list[str]:
     """Segments whose captions are not here though others' are: not a copy that was made without captions."""
-    lacking = [one for one in ids if not captions_path(directory, one).exists()]
-    if len(lacking) == len(ids):
+    lacking = [one for one in segments if one.captions_digest and not one.has_captions]
+    if not any(one.has_captions for one in segments):
         return []
     return [
-        f"{captions_path(directory, one)} is missing; restore it from a copy (the vectors are all there)"
+        f"the captions of {one.path} are missing; restore them from a copy (the vectors are all there)"
         for one in lacking
     ]
 

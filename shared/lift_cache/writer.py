@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import json
 import logging
 import os
 import threading
@@ -36,14 +35,17 @@ from lift_cache.errors import BadConfig, CacheDamaged, CacheFull, CacheNotFound,
 from lift_cache.keys import KEY_BYTES, key_of_normalised, normalise
 from lift_cache.live import LiveTier, SegmentRows
 from lift_cache.lock import WriterLock
+from lift_cache.provenance import note_provenance, provenance_of
 from lift_cache.recipe import Recipe
 from lift_cache.segment import (
     CHECK_ROWS,
     Segment,
     SegmentInfo,
     StoredRows,
+    binary_values,
     captions_path,
     check_segment,
+    row_bytes,
     row_checksums,
     segment_bytes,
     segment_ids,
@@ -247,8 +249,8 @@ class CacheWriter:
 
     def close(self) -> None:
         """Finish a seal that is under way and release the cache. Fresh rows stay durable in `live/`."""
-        self._sealer.shutdown(wait=True)
         try:
+            self._sealer.shutdown(wait=True)
             self._raise_failed_seal()
         except Exception as error:  # whatever it was, the rows are as durable as before
             log.warning("rows stay in live/, unsealed: %s", error)
@@ -333,7 +335,7 @@ class CacheWriter:
         or vector) is refused by position and does not hold up the others.
 
         Raises:
-            CacheFull: no room; nothing of this call was stored.
+            CacheFull, StorageFailed: not acknowledged; what of it was stored is right.
             EncodingMismatch: vectors of another dimension.
         """
         stored, rejected = self.encoding.encode(np.asarray(rows.vectors, np.float32))
@@ -353,16 +355,21 @@ class CacheWriter:
         if not len(chosen):
             return PutResult(0, 0, rejected)
         chosen_keys, chosen_vectors = keys[chosen], stored[chosen]
-        waiting = _Waiting(
-            StoredRows(
-                chosen_keys,
-                chosen_vectors,
-                np.asarray(rows.tokens, np.int32)[chosen],
-                np.asarray(rows.truncated, bool)[chosen],
-                row_checksums(chosen_keys, chosen_vectors),
-                pa.array([texts[i] for i in chosen.tolist()], pa.large_string()),
-            )
+        ready = StoredRows(
+            chosen_keys,
+            chosen_vectors,
+            np.asarray(rows.tokens, np.int32)[chosen],
+            np.asarray(rows.truncated, bool)[chosen],
+            row_checksums(chosen_keys, chosen_vectors),
+            pa.array([texts[i] for i in chosen.tolist()], pa.large_string()),
         )
+        step = max(1, GROUP_BYTES // row_bytes(self.encoding))
+        new = sum(self._commit(ready.slice(at, at + step)) for at in range(0, len(ready), step))
+        return PutResult(new, int(good.sum()) - new, rejected)
+
+    def _commit(self, rows: StoredRows) -> int:
+        """Commit rows with whatever else waits; returns how many were new."""
+        waiting = _Waiting(rows)
         self._waiting.append(waiting)
         with self._put_turn:  # whoever comes first commits for all that wait by then
             while waiting.stored is None and waiting.error is None:
@@ -370,7 +377,7 @@ class CacheWriter:
         if waiting.error is not None:
             raise waiting.error
         assert waiting.stored is not None
-        return PutResult(waiting.stored, int(good.sum()) - waiting.stored, rejected)
+        return waiting.stored
 
     def _commit_waiting(self) -> None:
         group = [self._waiting.popleft()]
@@ -530,6 +537,8 @@ class CacheWriter:
                     path
                     for path in sorted(self._segments_dir.glob("*.captions.arrow"))
                     if not path.with_name(path.name.replace(".captions", "")).exists()
+                    and path.name.removesuffix(".captions.arrow") not in named
+                    and self._has_all_of(path)
                 ]
             removed = [Removed(path, path.stat().st_size) for path in paths]
             if not dry_run:
@@ -537,6 +546,17 @@ class CacheWriter:
                     path.unlink()  # one that a power loss brings back is retired again at the next opening
                 self._live.forget_retired(ids)
             return removed
+
+    def _has_all_of(self, captions: Path) -> bool:
+        """Whether every key of a captions file is in the cache: else it is the list of what was lost."""
+        try:
+            reader = pa.ipc.open_file(pa.memory_map(str(captions), "r"))
+            keys = [
+                binary_values(reader.get_batch(i).column("key")) for i in range(reader.num_record_batches)
+            ]
+        except (OSError, ValueError, KeyError, pa.ArrowException):
+            return False
+        return all(self.contains(some).all() for some in keys)
 
     def _require_replacements(
         self, ids: Sequence[str], retired: dict[str, list[str]], registered: set[str]
@@ -581,15 +601,11 @@ class CacheWriter:
             CacheFull, CacheLocked.
         """
         with self._segment_turn, open_source(Path(source), self.path) as (directory, ids, origin):
-            segments = [
-                self._require_ours(check_segment(directory, segment_id, need_captions=False))
-                for segment_id in ids
-            ]
-            files.require_room(
-                self._segments_dir,
-                sum(segment_bytes(self.encoding, segment.rows) for segment in segments),
-                "a merge",
-            )
+            segments = [self._require_ours(check_segment(directory, segment_id)) for segment_id in ids]
+            here = self._segments_dir.stat().st_dev
+            written = [one for one in segments if one.path.stat().st_dev != here or self._present(one)]
+            need = sum(segment_bytes(self.encoding, segment.rows) for segment in written)
+            files.require_room(self._segments_dir, need, "a merge")
             present = sum(self._present(segment) for segment in segments)
             before = self.rows
             added = sum(self._merge_one(segment, progress) for segment in segments)
@@ -603,11 +619,7 @@ class CacheWriter:
 
     def note_provenance(self, entry: dict[str, Any]) -> None:
         """Remember an engine that adds vectors (name, versions); it is named in every later snapshot."""
-        known = self.provenance()
-        if entry not in known:
-            files.write_atomic(
-                self.path / "provenance.json", (json.dumps([*known, entry], indent=2) + "\n").encode()
-            )
+        note_provenance(self.path, entry)
 
     # Within
 
@@ -660,15 +672,19 @@ class CacheWriter:
 
     def _adopt_unregistered(self) -> None:
         leave = {segment.id for segment in self._opened.values()} | set(self._live.retired())
+        named = self._named()
         for segment_id in in_order(self._segments_dir, self.path):
             if segment_id in leave:
                 continue
             try:
-                segment = self._require_ours(
-                    check_segment(self._segments_dir, segment_id, need_captions=False)
-                )
+                segment = self._proved(segment_id)
             except LiftError as error:
-                self._quarantine(segment_id, str(error))
+                if segment_id in named:
+                    log.warning(
+                        "segment %s, which a snapshot names, is left for `repair`: %s", segment_id, error
+                    )
+                else:
+                    self._quarantine(segment_id, str(error))
                 continue
             try:
                 if not self._adopt(segment):
@@ -680,6 +696,20 @@ class CacheWriter:
                 log.warning("segment %s is not adopted: the disk is full; its rows are in live/", segment_id)
                 continue
             log.info("adopted segment %s: %d rows", segment_id, segment.rows)
+
+    def _proved(self, segment_id: str) -> Segment:
+        """A segment of this cache every byte of which is right; captions that are wrong are put aside.
+
+        Raises:
+            CacheDamaged, RecipeMismatch, EncodingMismatch, UnsupportedFormat.
+        """
+        try:
+            return self._require_ours(check_segment(self._segments_dir, segment_id))
+        except CacheDamaged as error:
+            segment = self._require_ours(check_segment(self._segments_dir, segment_id, captions=False))
+            self._put_aside([captions_path(self._segments_dir, segment_id)])
+            log.warning("the captions of segment %s moved to quarantine: %s", segment_id, error)
+            return segment
 
     def _adopt(self, segment: Segment) -> bool:
         """Register a segment, or those of its rows whose captions are not here; whether there were any."""
@@ -775,17 +805,27 @@ class CacheWriter:
             )
         files.link_or_copy(segment.path, segment_path(self._segments_dir, segment.id))
 
+    def _named(self) -> set[str]:
+        """Ids of all segments that a snapshot names, as far as snapshots can be read."""
+        named: set[str] = set()
+        for snapshot_id in snapshots_of(self.path):
+            with contextlib.suppress(CacheDamaged):
+                named.update(info.id for info in load_manifest(self.path, snapshot_id).segments)
+        return named
+
     def _quarantine(self, segment_id: str, reason: str) -> None:
+        self._put_aside(
+            [segment_path(self._segments_dir, segment_id), captions_path(self._segments_dir, segment_id)]
+        )
+        log.warning("segment %s moved to quarantine: %s", segment_id, reason)
+
+    def _put_aside(self, paths: Sequence[Path]) -> None:
         where = self.path / "quarantine"
         files.make_directory(where)
-        for path in (
-            segment_path(self._segments_dir, segment_id),
-            captions_path(self._segments_dir, segment_id),
-        ):
+        for path in paths:
             with contextlib.suppress(FileNotFoundError):
                 path.rename(where / path.name)
         files.sync_directory(where)  # one that comes back in segments/ is moved again at the next opening
-        log.warning("segment %s moved to %s: %s", segment_id, where, reason)
 
     def _raise_failed_seal(self) -> None:
         """A seal that failed in the background is the next caller's error, not a line in a log."""
@@ -878,12 +918,3 @@ def open_source(source: Path, cache: Path) -> Iterator[tuple[Path, list[str], li
         yield directory, ids, origin
     finally:
         lock.release()
-
-
-def provenance_of(cache: Path) -> list[dict[str, Any]]:
-    """What has written to a cache, in the order of first use. Raises CacheDamaged."""
-    path = cache / "provenance.json"
-    try:
-        return list(json.loads(path.read_bytes())) if path.exists() else []
-    except ValueError:
-        raise CacheDamaged(f"{path} cannot be read; restore it from a copy, or move it away") from None

@@ -9,7 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from lift_cache import files
 from lift_cache.cli import main
+from lift_cache.errors import CacheFull, StorageFailed
 from lift_cache.keys import caption_keys
 from lift_cache.recipe import Recipe
 from lift_cache.tools.repair import mend
@@ -134,3 +136,25 @@ def test_a_live_tier_that_cannot_be_read_at_all_is_rebuilt_from_the_segments(
     mend(cache)
     require_right(cache, drawn, 30)
     assert (cache / "quarantine" / "live").is_dir()
+
+
+def test_without_room_to_salvage_nothing_is_put_aside(
+    cache: Path, drawn: np.ndarray, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = drawn[0].astype(np.float16).tobytes()
+    path = next(path for path in vector_files(cache) if first in path.read_bytes())
+    flip(path, path.read_bytes().find(first))
+    before = {one: one.stat().st_size for one in cache.rglob("*") if one.is_file()}
+    with monkeypatch.context() as full:
+        full.setattr(files, "free_bytes", lambda _: 0)
+        with pytest.raises(CacheFull, match="no space left for what is to be salvaged"):
+            mend(cache)
+    # The estimate was right and the disk filled up all the same.
+    with monkeypatch.context() as broken:
+        broken.setenv("PYTHONPATH", str(Path(__file__).parent / "broken_disk"))
+        with pytest.raises(StorageFailed, match="nothing was put aside"):
+            mend(cache)
+    assert {one: one.stat().st_size for one in cache.rglob("*") if one.is_file()} == before
+    mend(cache)
+    with CacheWriter.open(cache) as writer:
+        assert writer.rows >= 49

@@ -18,6 +18,7 @@ from lift_cache.encoding import Encoding
 from lift_cache.errors import CacheLocked, CacheNotFound, LiftError
 from lift_cache.index import merged_ranges
 from lift_cache.lock import WriterLock
+from lift_cache.provenance import provenance_of
 from lift_cache.reader import CacheReader
 from lift_cache.recipe import Recipe
 from lift_cache.segment import Segment, segment_ids
@@ -125,12 +126,11 @@ def card(cache: Path, advance: Callable[[int], None] = lambda _: None) -> dict[s
     recipe, encoding = Recipe.load(cache / "recipe.json"), Encoding.load(cache / "encoding.json")
     segments = [Segment(cache / "segments", name) for name in segment_ids(cache / "segments")]
     manifests = [(name, load_manifest(cache, name)) for name in snapshots_of(cache)]
-    provenance = cache / "provenance.json"
     return {
         "recipe": recipe.model_dump(mode="json"),
         "fingerprint": recipe.fingerprint,
         "encoding": encoding.card(),
-        "provenance": json.loads(provenance.read_bytes()) if provenance.is_file() else [],
+        "provenance": provenance_of(cache),
         "segments": len(segments),
         "sealed_rows": sum(segment.rows for segment in segments),
         "sealed_bytes": sum(path.stat().st_size for path in (cache / "segments").glob("*.arrow")),

@@ -12,8 +12,8 @@ from cyclopts import Parameter
 from rich.console import Console
 
 from lift_cache.client import EmbeddingClient
-from lift_cache.errors import BadConfig, CacheDamaged
-from lift_cache.files import write_atomic
+from lift_cache.errors import BadConfig
+from lift_cache.provenance import note_provenance
 from lift_cache.reader import CacheReader
 from lift_cache.recipe import MOST_DRIFT
 from lift_cache.tools.common import AsJson, CachePath
@@ -147,17 +147,5 @@ def verify(
 
 
 def _note(cache: Path, reader: CacheReader, sample: Sample) -> None:
-    path = cache / "provenance.json"
-    try:
-        known = json.loads(path.read_bytes()) if path.exists() else []
-    except ValueError:
-        raise CacheDamaged(f"{path} cannot be read; restore it from a copy of the cache") from None
-    entry = {
-        "verified": {
-            "snapshot": reader.snapshot_id,
-            "sample": sample.rows,
-            "min_cosine": round(sample.min_cosine, 8),
-        }
-    }
-    if entry not in known:
-        write_atomic(path, (json.dumps([*known, entry], indent=2) + "\n").encode())
+    said = {"sample": sample.rows, "min_cosine": round(sample.min_cosine, 8)}
+    note_provenance(cache, {"verified": {"snapshot": reader.snapshot_id, **said}})

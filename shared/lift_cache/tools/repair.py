@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
 import pyarrow as pa
@@ -21,7 +21,7 @@ from rich.console import Console
 
 from lift_cache import files
 from lift_cache.encoding import Encoding
-from lift_cache.errors import BadCaption, CacheDamaged, CacheNotFound, LiftError
+from lift_cache.errors import BadCaption, CacheDamaged, CacheNotFound, LiftError, StorageFailed
 from lift_cache.keys import caption_key, caption_keys, sort_order
 from lift_cache.lock import WriterLock
 from lift_cache.recipe import Recipe
@@ -50,7 +50,8 @@ class Repaired:
     Attributes:
         quarantined: names of segments, snapshots and live tiers that were put aside.
         salvaged: rows of them that proved themselves and are part of the cache again.
-        lost: captions that have to be filled again; unnamed: rows whose captions are lost as well.
+        lost: captions that have to be filled again; unnamed: rows whose captions are lost as well; unread: what
+            could not be read to its end, so that it is not known what it held.
         refill: file with the lost captions, one a line.
     """
 
@@ -58,6 +59,7 @@ class Repaired:
     salvaged: int = 0
     lost: int = 0
     unnamed: int = 0
+    unread: list[str] = field(default_factory=list)
     refill: str | None = None
 
 
@@ -81,7 +83,7 @@ def mend(cache: Path, *, dry_run: bool = False, progress: Callable[[str], None] 
         for segment_id in segment_ids(segments):
             progress(f"segment {segment_id}")
             try:
-                check_segment(segments, segment_id, need_captions=False)
+                check_segment(segments, segment_id)
             except LiftError:
                 bad.append(segment_id)
         there = set(segment_ids(segments))
@@ -92,11 +94,21 @@ def mend(cache: Path, *, dry_run: bool = False, progress: Callable[[str], None] 
         ]
         progress("live")
         live_is_bad = (cache / "live").is_dir() and len(live_problems(cache)) > 1
+        rescue_live = (bool(bad) or live_is_bad) and (cache / "live").is_dir()
+        sizes = [segment_path(segments, segment_id).stat().st_size for segment_id in bad]
+        if rescue_live:
+            sizes.append(
+                (cache / "live" / "data.mdb").stat().st_blocks * 512
+                if (cache / "live" / "data.mdb").exists()
+                else 0
+            )
+        if not dry_run:
+            files.require_room(segments, sum(sizes), "what is to be salvaged")
         done.quarantined += [f"segments/{segment_id}" for segment_id in bad]
         for segment_id in bad + gone:
             progress(f"salvaging {segment_id}")
             _salvage(["segment", segment_id], cache, dry_run, done, lost)
-        if (bad or live_is_bad) and (cache / "live").is_dir():
+        if rescue_live:
             _salvage(["live"], cache, dry_run, done, lost)
             done.quarantined.append("live")
         if not dry_run:
@@ -164,16 +176,21 @@ def _finish(cache: Path, done: Repaired, lost: list[str]) -> None:
 
 
 def _salvage(what: list[str], cache: Path, dry_run: bool, done: Repaired, lost: list[str]) -> None:
+    """Have a child save what it can. Raises StorageFailed: it could not write; nothing was put aside yet."""
     command = [sys.executable, "-m", "lift_cache.tools.repair", str(cache), "dry" if dry_run else "do", *what]
     child = subprocess.run(command, check=False, capture_output=True, text=True)
-    for line in child.stdout.splitlines():
-        try:
-            said = json.loads(line)
-        except ValueError:
-            continue
-        lost += said.get("lost", [])
-        done.salvaged += said.get("salvaged", 0)
-        done.unnamed += said.get("unnamed", 0)
+    said: list[dict[str, Any]] = [
+        json.loads(line) for line in child.stdout.splitlines() if line.startswith("{")
+    ]
+    if child.returncode > 0:  # not the damage: a signal would have ended it
+        reason = child.stderr.strip().splitlines()[-1:] or [f"status {child.returncode}"]
+        raise StorageFailed(f"{' '.join(what)} could not be salvaged ({reason[0]}); nothing was put aside")
+    for one in said:
+        lost += one.get("lost", [])
+        done.salvaged += one.get("salvaged", 0)
+        done.unnamed += one.get("unnamed", 0)
+    if child.returncode or not any("done" in one for one in said):
+        done.unread.append(what[-1])
 
 
 # In the child
@@ -211,7 +228,7 @@ def salvage_segment(cache: Path, segment_id: str, *, dry_run: bool) -> Iterator[
                 rows += len(good)
             if rows and not dry_run:
                 writer.finish()
-        yield {"salvaged": rows}
+            yield {"salvaged": rows}
     yield {
         "lost": [caption for name, caption in captions.items() if name not in kept],
         "unnamed": max(0, segment.rows - len(kept | set(captions))),
@@ -289,12 +306,12 @@ def salvage_live(cache: Path, *, dry_run: bool) -> Iterator[dict[str, object]]:
                 good.append(i)
             elif not right[i] and isinstance(caption, str) and caption:
                 lost.append(caption)
-        yield {"lost": lost, "salvaged": len(good)}
         if good and not dry_run:
             part = rows.take(np.array(good))
             with SegmentWriter(cache / "segments", recipe, encoding) as writer:
                 writer.add(part.take(sort_order(part.keys)))
                 writer.finish()
+        yield {"lost": lost, "salvaged": len(good)}
 
 
 def main(arguments: list[str]) -> None:
@@ -305,8 +322,14 @@ def main(arguments: list[str]) -> None:
         if what == "segment"
         else salvage_live(Path(cache), dry_run=dry_run)
     )
-    for said in source:
-        print(json.dumps(said), flush=True)
+    try:
+        for said in source:
+            print(json.dumps(said), flush=True)
+    except CacheDamaged:
+        return  # without "done": it could not be read to its end
+    except LiftError as error:
+        sys.exit(str(error))
+    print(json.dumps({"done": True}), flush=True)
 
 
 # The command
@@ -336,6 +359,8 @@ def repair(
     )
     if done.unnamed:
         lines.append(f"{done.unnamed:,} more rows are lost with their captions; fill from your sources again")
+    if done.unread:
+        lines.append(f"not readable to the end, what was there is unknown: {', '.join(done.unread)}")
     if done.refill:
         lines.append(f"fill them again: `lift-embed fill {done.refill} --server URL`")
     if not dry_run:

@@ -14,7 +14,7 @@ from typing import Literal
 import lmdb
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lift_cache import compaction, files, index, live, segment, snapshot
@@ -154,6 +154,7 @@ def test_puts_and_gets_go_on_while_segments_are_merged(
     require_all(tmp_path / "cache", drawn)
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(1, 4000), min_size=1, max_size=300))
 def test_the_number_of_segments_stays_bounded_and_rewriting_cheap(sizes: list[int]) -> None:
     segments: list[SegmentInfo] = []
@@ -177,7 +178,7 @@ def _info(name: str, size: int) -> SegmentInfo:
     )
 
 
-def test_rows_without_their_captions_are_left_out_of_a_merge_and_kept(
+def test_rows_without_their_captions_are_merged_with_each_other_only(
     tmp_path: Path, recipe: Recipe, vectors: Vectors
 ) -> None:
     drawn = vectors(40)
@@ -187,7 +188,7 @@ def test_rows_without_their_captions_are_left_out_of_a_merge_and_kept(
     shutil.rmtree(tmp_path / "cache" / "live")
     with CacheWriter.open(tmp_path / "cache") as writer:
         writer.compact(everything=True)
-        assert writer.stats().segments == 3
+        assert writer.stats().segments == 2
         assert writer.get(caption_keys(names(0, 40))).found.all()
 
 
@@ -197,7 +198,7 @@ def test_captions_that_are_missing_cost_no_other_captions(
     many_seals(tmp_path / "cache", recipe, vectors(40), 10)
     sibling = sorted((tmp_path / "cache" / "segments").glob("*.captions.arrow"))[0]
     sibling.unlink()
-    assert [sibling.name in problem for problem in verify(tmp_path / "cache").problems] == [True]
+    assert [sibling.name[:32] in problem for problem in verify(tmp_path / "cache").problems] == [True]
     with CacheWriter.open(tmp_path / "cache") as writer:
         writer.compact(everything=True)
         writer.gc()
@@ -569,7 +570,7 @@ def test_expensive_work_is_refused_before_it_begins_when_there_is_no_room(
     drawn = vectors(40)
     cache = tmp_path / "cache"
     many_seals(cache, recipe, drawn, 10)
-    write_cache(tmp_path / "other", recipe, Encoding(dimensions=24), names(50, 60), vectors(10))
+    write_cache(tmp_path / "other", recipe, Encoding(dimensions=24), names(35, 45), vectors(10))
     with CacheWriter.open(cache) as writer:
         before = sorted(cache.rglob("*"))
         monkeypatch.setattr(files, "free_bytes", lambda _: 100)
@@ -631,6 +632,7 @@ def test_every_batch_of_a_segment_is_aligned_so_that_a_gather_is_one_take(
     assert reader.captions(rows) == [names(0, 40)[i] for i in order]
 
 
+@settings(deadline=None)
 @given(st.data())
 def test_rows_of_several_files_read_as_one_array(
     tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
