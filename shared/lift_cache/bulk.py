@@ -25,6 +25,7 @@ from lift_cache.segment import (
     SegmentInfo,
     SegmentWriter,
     StoredRows,
+    require_lengths,
     row_bytes,
     row_checksums,
 )
@@ -112,6 +113,10 @@ class BulkWriter:
         Raises:
             CacheFull, EncodingMismatch.
         """
+        n = len(captions)
+        tokens = np.zeros(n, np.int32) if tokens is None else np.asarray(tokens, np.int32)
+        truncated = np.zeros(n, bool) if truncated is None else np.asarray(truncated, bool)
+        require_lengths(captions, vectors, tokens, truncated)
         stored, bad = self.encoding.encode(np.asarray(vectors, np.float32))
         texts, keys = [], np.zeros((len(captions), KEY_BYTES), np.uint8)
         for row, caption in enumerate(captions):
@@ -124,13 +129,12 @@ class BulkWriter:
                 keys[row] = np.frombuffer(key_of_normalised(text), np.uint8)
             texts.append(text)
         good = np.array([row for row in range(len(texts)) if row not in bad], np.int64)
-        n = len(texts)
         self.add_stored(
             StoredRows(
                 keys,
                 stored,
-                np.zeros(n, np.int32) if tokens is None else np.asarray(tokens, np.int32),
-                np.zeros(n, bool) if truncated is None else np.asarray(truncated, bool),
+                tokens,
+                truncated,
                 row_checksums(keys, stored),
                 pa.array(texts, pa.large_string()),
             ).take(good)

@@ -175,6 +175,21 @@ def refuse_other_content(path: Path) -> None:
             )
 
 
+def put_aside(cache: Path, path: Path) -> None:
+    """Move a file or directory of a cache to its quarantine/, under a name that is free.
+
+    One that a power loss brings back is found, and moved, again.
+    """
+    where = cache / "quarantine"
+    make_directory(where)
+    target, number = where / path.name, 0
+    while target.exists():
+        number += 1
+        target = where / f"{path.name}.{number}"
+    path.rename(target)
+    sync_directory(where)
+
+
 def remove_temporaries(directory: Path) -> None:
     """Delete what a crash left under a temporary name. Only the writer may call this."""
     for path in directory.glob(f"{TEMPORARY}*"):

@@ -140,7 +140,9 @@ class LiveTier:
         self._write_turn = threading.Lock()
         self._gate = threading.Condition()
         self._readers = 0
-        self._suspect = self._closed = self._checking = False
+        self._suspect = self._closed = False
+        self._checker: int | None = None
+        self._leaving: tuple[set[int], set[int]] = (set(), set())
         if not readonly and not (path / "data.mdb").exists():
             self._create()
         self._open(path)
@@ -240,7 +242,7 @@ class LiveTier:
     @contextlib.contextmanager
     def _reading(self) -> Iterator[None]:
         """Keep the environment open; never inside another, since reopening waits for all to end."""
-        if self._suspect and not self._checking:  # LMDB may refuse to read as well
+        if self._suspect and self._checker != threading.get_ident():  # LMDB may refuse to read as well
             with self._write_turn:
                 self._require_sound()
         with self._gate:
@@ -272,6 +274,7 @@ class LiveTier:
         """A durable transaction; the next one after a failure begins with a check of what the disk holds."""
         with self._write_turn:
             self._require_sound()
+            self._leaving = (set(), set())
             try:
                 with lmdb_errors(self.path), self._env.begin(write=True) as txn:
                     yield txn
@@ -284,11 +287,11 @@ class LiveTier:
         if self._closed:
             raise StorageFailed(f"{self.path} is closed")
         if self._suspect:
-            self._checking = True
+            self._checker = threading.get_ident()
             try:
                 self._reopen()
             finally:
-                self._checking = False
+                self._checker = None
 
     def _reopen(self) -> None:
         """Raises CacheDamaged: something that was acknowledged is not there any more."""
@@ -298,17 +301,19 @@ class LiveTier:
             with contextlib.suppress(OSError):
                 _forget_pages(self.path / "data.mdb")
             self._open(self.path)
-        missing = {n: i for n, i in self._registered.items() if n not in self.registry()}
+        # A failed commit may have reached the disk all the same: what it dropped is gone then.
+        dropped_batches, dropped_segments = self._leaving
+        missing = set(self._registered) - set(self.registry()) - dropped_segments
         if missing:
             raise CacheDamaged(
                 f"{self.path} has lost {len(missing)} sealed segments after a failed write; restart the writer"
             )
         for number in self._acknowledged:
-            if self.require_fresh(number) is None:
+            if self.require_fresh(number) is None and number not in dropped_batches:
                 raise CacheDamaged(
                     f"{self.path} has lost batch {number} after a failed write; run `lift-cache verify`"
                 )
-        # A failed commit may have reached the disk all the same: what it wrote is there, and stays.
+        # What it wrote is there, and stays.
         self._acknowledged = set(self.fresh_numbers())
         self._registered = {number: info.id for number, info in self.registry().items()}
         self._suspect = False
@@ -363,6 +368,12 @@ class LiveTier:
     def fresh_numbers(self) -> list[int]:
         with self._read() as txn, txn.cursor(db=self._batches) as cursor:
             return [_NUMBER.unpack(name)[0] for name in cursor.iternext(keys=True, values=False)]
+
+    def batch_rows(self, batch: int) -> int:
+        """Rows of a fresh batch, as they were counted when it was committed; 0 where it is not known."""
+        with self._read() as txn:
+            value = txn.get(_NUMBER.pack(batch), db=self._batches)
+            return _COUNTS.unpack(value)[0] if value and len(value) == _COUNTS.size else 0
 
     def fresh_counts(self) -> tuple[int, int, int]:
         """Rows, tokens and truncated captions that are not sealed yet."""
@@ -544,6 +555,7 @@ class LiveTier:
             left = pending.model_copy(update={"done": stop, "counts": counts})
             txn.put(name, left.model_dump_json().encode(), db=self._pending)
             return False
+        self._leaving = (set(pending.sealed), set(pending.replaced))
         txn.delete(name, db=self._pending)
         txn.put(name, _COUNTS.pack(*counts), db=self._counts)
         for batch in pending.sealed:

@@ -142,7 +142,7 @@ class CacheReader:
         )
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return CacheReader, (f"{self.path}@{self.snapshot_id}",)
+        return CacheReader, (f"{self.path.absolute()}@{self.snapshot_id}",)
 
     def lookup(self, keys: np.ndarray) -> np.ndarray:
         """Rows of keys, -1 where the snapshot has none.

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import bisect
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Sequence, Sized
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -25,7 +25,7 @@ from pydantic import BaseModel, ConfigDict
 
 from lift_cache import files
 from lift_cache.encoding import Encoding
-from lift_cache.errors import BadCaption, CacheDamaged, UnsupportedFormat
+from lift_cache.errors import BadCaption, CacheDamaged, EncodingMismatch, UnsupportedFormat
 from lift_cache.flatmap import Extent, alignment
 from lift_cache.keys import KEY_BYTES, caption_key, halves, sort_order
 from lift_cache.recipe import Recipe
@@ -64,6 +64,15 @@ def row_checksums(keys: np.ndarray, vectors: np.ndarray) -> np.ndarray:
     raw = np.ascontiguousarray(vectors).view(np.uint8).reshape(len(keys), row_bytes)
     rows = np.concatenate([keys, raw], axis=1)
     return np.fromiter((xxhash.xxh3_64_intdigest(row) for row in rows), np.uint64, len(rows))
+
+
+def require_lengths(*columns: Sized) -> None:
+    """Raises EncodingMismatch: captions, vectors, tokens and flags that are not of one length."""
+    if len({len(column) for column in columns}) > 1:
+        raise EncodingMismatch(
+            f"{', '.join(str(len(column)) for column in columns)} captions, vectors, token counts and flags; "
+            "there must be one of each for every row"
+        )
 
 
 @dataclass(frozen=True)
@@ -672,12 +681,16 @@ def check_segment(directory: Path, segment_id: str, *, captions: bool = True) ->
     try:
         if files.digest_file(path) != segment_id:
             raise CacheDamaged(f"{path}: its bytes are not those its name stands for")
+        segment = Segment(directory, segment_id)
+        has_captions = captions and sibling.exists()
+        if has_captions and files.digest_file(sibling) != segment.captions_digest:
+            raise CacheDamaged(f"{sibling}: its bytes are not those that {path.name} names")
     except FileNotFoundError:
         raise CacheDamaged(f"{path} is missing; restore it from a copy of the cache") from None
-    segment = Segment(directory, segment_id)
-    has_captions = captions and sibling.exists()
-    if has_captions and files.digest_file(sibling) != segment.captions_digest:
-        raise CacheDamaged(f"{sibling}: its bytes are not those that {path.name} names")
+    except PermissionError:
+        raise
+    except OSError as error:  # a sector that cannot be read
+        raise CacheDamaged(f"{path} cannot be read ({error.strerror})") from None
     before = b""
     for start in range(0, segment.rows, CHECK_ROWS):
         rows = segment.slice(start, min(start + CHECK_ROWS, segment.rows), captions=has_captions)

@@ -10,6 +10,7 @@ no segment that a snapshot names is ever removed.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -46,6 +47,8 @@ DELTA_SHARE = 4
 """A delta has at most one row for so many that the parts before it have."""
 
 MAX_PARTS = 4
+
+REPLACE = "remove that snapshot (`lift-cache snapshot rm`) and make a new one"
 
 _NAME = re.compile(r"(\d{6,})-([0-9a-f]{16})")
 
@@ -158,7 +161,7 @@ def parse_manifest(data: bytes, where: str) -> Manifest | ManifestV1:
         kind = ManifestV1 if version == 1 else Manifest
         return kind.model_validate(parsed)
     except (ValueError, KeyError, TypeError, ValidationError):
-        raise CacheDamaged(f"{where} cannot be read; make a new snapshot") from None
+        raise CacheDamaged(f"{where} cannot be read; {REPLACE}") from None
 
 
 def load_stored_manifest(cache: Path, snapshot_id: str) -> Manifest | ManifestV1:
@@ -169,10 +172,10 @@ def load_stored_manifest(cache: Path, snapshot_id: str) -> Manifest | ManifestV1
     except PermissionError:
         raise
     except OSError:
-        raise CacheDamaged(f"{path} cannot be read; make a new snapshot") from None
+        raise CacheDamaged(f"{path} cannot be read; {REPLACE}") from None
     manifest = parse_manifest(data, str(path))
     if digest_of_manifest(data) != snapshot_id.split("-")[1]:
-        raise CacheDamaged(f"{path}: its bytes are not those its name stands for; make a new snapshot")
+        raise CacheDamaged(f"{path}: its bytes are not those its name stands for; {REPLACE}")
     return manifest
 
 
@@ -217,7 +220,7 @@ def build_snapshot(
     newest = _whole_manifest(cache, have[-1]) if have else None
     if newest and newest.index and {info.id for info in newest.segments} == {info.id for info in segments}:
         return Snapshot(have[-1], cache / "snapshots" / have[-1], newest.rows)
-    sequence = 1 + (int(have[-1].split("-")[0]) if have else 0)
+    sequence = 1 + _last_number(cache)
     directory = cache / "snapshots"
     files.make_directory(directory)
     old = directory / have[-1] if have else directory
@@ -290,10 +293,21 @@ def reusable_parts(parts: Sequence[IndexPart], segments: Sequence[SegmentInfo]) 
 def remove_snapshot(cache: Path, snapshot_id: str) -> None:
     """Remove a snapshot's directory; what it alone names becomes collectable. Only the writer may call this."""
     directory = cache / "snapshots"
+    if snapshot_id == snapshots_of(cache)[-1]:  # no number ever stands for two snapshots
+        files.write_atomic(directory / "removed", f"{_last_number(cache)}\n".encode())
     gone = files.temporary_name(directory / snapshot_id)
     (directory / snapshot_id).rename(gone)  # at once: half of a snapshot is never seen under its name
     files.sync_directory(directory)
     shutil.rmtree(gone)
+
+
+def _last_number(cache: Path) -> int:
+    """The highest number that a snapshot of a cache has, or had."""
+    have = snapshots_of(cache)
+    numbers = [int(name.split("-")[0]) for name in have[-1:]]
+    with contextlib.suppress(OSError, ValueError):
+        numbers.append(int((cache / "snapshots" / "removed").read_text()))
+    return max(numbers, default=0)
 
 
 def _whole_manifest(cache: Path, snapshot_id: str) -> Manifest | None:

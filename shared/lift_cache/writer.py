@@ -31,7 +31,7 @@ import pyarrow as pa
 from lift_cache import files
 from lift_cache.compaction import choose, merge_bytes, merge_segments
 from lift_cache.encoding import Encoding
-from lift_cache.errors import BadConfig, CacheDamaged, CacheFull, CacheNotFound, LiftError
+from lift_cache.errors import BadConfig, CacheDamaged, CacheFull, CacheNotFound, LiftError, StorageFailed
 from lift_cache.keys import KEY_BYTES, key_of_normalised, normalise
 from lift_cache.live import LiveTier, SegmentRows
 from lift_cache.lock import WriterLock
@@ -45,6 +45,7 @@ from lift_cache.segment import (
     binary_values,
     captions_path,
     check_segment,
+    require_lengths,
     row_bytes,
     row_checksums,
     segment_bytes,
@@ -163,7 +164,7 @@ class CacheWriter:
         self._put_turn = threading.RLock()
         self._segment_turn = threading.RLock()
         self._sealer = ThreadPoolExecutor(1, thread_name_prefix="seal")
-        self._sealing: Future[int] | None = None
+        self._sealing: Future[None] | None = None
         self._published: tuple[SegmentInfo, list[int]] | None = None
         self._segments_dir = path / "segments"
         for directory in (path, self._segments_dir, path / "snapshots"):
@@ -251,9 +252,6 @@ class CacheWriter:
         """Finish a seal that is under way and release the cache. Fresh rows stay durable in `live/`."""
         try:
             self._sealer.shutdown(wait=True)
-            self._raise_failed_seal()
-        except Exception as error:  # whatever it was, the rows are as durable as before
-            log.warning("rows stay in live/, unsealed: %s", error)
         finally:
             self._live.close()
             self._lock.release()
@@ -338,6 +336,7 @@ class CacheWriter:
             CacheFull, StorageFailed: not acknowledged; what of it was stored is right.
             EncodingMismatch: vectors of another dimension.
         """
+        require_lengths(rows.captions, rows.vectors, rows.tokens, rows.truncated)
         stored, rejected = self.encoding.encode(np.asarray(rows.vectors, np.float32))
         texts: list[str] = []
         keys = np.zeros((len(rows.captions), KEY_BYTES), np.uint8)
@@ -380,20 +379,22 @@ class CacheWriter:
         return waiting.stored
 
     def _commit_waiting(self) -> None:
-        group = [self._waiting.popleft()]
-        size = group[0].rows.vectors.nbytes
-        while self._waiting and size + self._waiting[0].rows.vectors.nbytes <= GROUP_BYTES:
-            group.append(self._waiting.popleft())
-            size += group[-1].rows.vectors.nbytes
+        group: list[_Waiting] = []
+        size = 0
         try:
-            self._raise_failed_seal()
+            while self._waiting and (not group or size + self._waiting[0].rows.vectors.nbytes <= GROUP_BYTES):
+                group.append(self._waiting.popleft())
+                size += group[-1].rows.vectors.nbytes
             together = group[0].rows if len(group) == 1 else StoredRows.concatenate([w.rows for w in group])
             first = first_of_each(together.keys, np.ones(len(together), bool))
             stored = np.zeros(len(together), bool)
             stored[first] = self._live.put(together if len(first) == len(together) else together.take(first))
         except BaseException as error:
+            interrupted = not isinstance(error, Exception)  # Ctrl-C is for one thread, not for all that wait
             for waiting in group:
-                waiting.error = error
+                waiting.error = StorageFailed("the commit was interrupted") if interrupted else error
+            if interrupted:
+                raise
             return
         end = 0
         for waiting in group:
@@ -401,7 +402,15 @@ class CacheWriter:
             waiting.stored = int(stored[start:end].sum())
         self._fresh_count += int(stored.sum())
         if self._fresh_count >= self._segment_rows and (self._sealing is None or self._sealing.done()):
-            self._sealing = self._sealer.submit(self.seal)
+            self._sealing = self._sealer.submit(self._seal_in_background)
+
+    def _seal_in_background(self) -> None:
+        try:
+            self.seal()
+        except (
+            Exception
+        ) as error:  # whatever it was, the rows are as durable as before, and puts need no seal
+            log.warning("rows stay in live/, unsealed: %s", error)
 
     def seal(self) -> int:
         """Move all rows that are fresh now into sealed segments; returns how many rows that was.
@@ -477,8 +486,6 @@ class CacheWriter:
         Raises:
             CacheFull, CacheDamaged.
         """
-        with self._put_turn:
-            self._raise_failed_seal()
         with self._segment_turn:
             self.seal()
             try:
@@ -820,20 +827,9 @@ class CacheWriter:
         log.warning("segment %s moved to quarantine: %s", segment_id, reason)
 
     def _put_aside(self, paths: Sequence[Path]) -> None:
-        where = self.path / "quarantine"
-        files.make_directory(where)
         for path in paths:
             with contextlib.suppress(FileNotFoundError):
-                path.rename(where / path.name)
-        files.sync_directory(where)  # one that comes back in segments/ is moved again at the next opening
-
-    def _raise_failed_seal(self) -> None:
-        """A seal that failed in the background is the next caller's error, not a line in a log."""
-        if self._sealing is not None and self._sealing.done():
-            done, self._sealing = self._sealing, None
-            error = done.exception()
-            if error is not None:
-                raise error
+                files.put_aside(self.path, path)
 
 
 def _is_cache(path: Path) -> bool:

@@ -25,6 +25,9 @@ from lift_cache.segment import Segment, segment_ids
 from lift_cache.snapshot import load_manifest, snapshots_of
 from lift_cache.tools.common import AsJson, CachePath, progress
 
+MOST_TOKENS = 1 << 20
+"""A longer caption counts as one of this length."""
+
 SAMPLE_ROWS = 16_384
 """Rows whose vectors are looked at; drawn evenly from the whole snapshot."""
 
@@ -69,7 +72,7 @@ def describe(reader: CacheReader, advance: Callable[[int], None] = lambda _: Non
             checksums[here] = segments[s].column("checksum", row[here])
         both = np.concatenate([part.keys, checksums.view(np.uint8).reshape(-1, 8)], axis=1)
         root.update(both.tobytes())
-        more = np.bincount(np.maximum(part.tokens, 0))
+        more = np.bincount(np.clip(part.tokens, 0, MOST_TOKENS))
         counts = np.pad(counts, (0, max(0, len(more) - len(counts))))
         counts[: len(more)] += more
     rows = np.unique(np.linspace(0, reader.rows - 1, min(reader.rows, SAMPLE_ROWS)).astype(np.int64))

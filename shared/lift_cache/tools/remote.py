@@ -78,21 +78,23 @@ class Transfer:
 
 
 def files_of(snapshot_id: str, manifest: Manifest | ManifestV1, *, captions: bool = True) -> list[StoredFile]:
-    """The files of a snapshot, the manifest itself apart.
+    """The files of a snapshot, the manifest itself apart; captions first, so that no segment is without its own.
 
     Raises:
         CacheDamaged: a name that could lead out of the cache.
     """
-    found = [StoredFile(f"segments/{info.id}.arrow", info.size, info.id) for info in manifest.segments]
-    found += [
-        StoredFile(f"snapshots/{snapshot_id}/{name}", info.size, info.digest)
-        for name, info in snapshot_files(manifest).items()
-    ]
+    found = []
     if captions:
         found += [
             StoredFile(f"segments/{info.id}.captions.arrow", info.captions_size, info.captions_digest)
             for info in manifest.segments
+            if info.captions_size
         ]
+    found += [StoredFile(f"segments/{info.id}.arrow", info.size, info.id) for info in manifest.segments]
+    found += [
+        StoredFile(f"snapshots/{snapshot_id}/{name}", info.size, info.digest)
+        for name, info in snapshot_files(manifest).items()
+    ]
     for file in found:
         if not _FILE_NAME.fullmatch(file.name):
             raise CacheDamaged(f"snapshot {snapshot_id} names {file.name!r}, which is no file of a cache")
@@ -193,8 +195,10 @@ def _copy(
             files.require_room(target.path, total, f"snapshot {snapshot_id}")
         _write_card(source, there, manifest, target, here)
         if missing:
-            with watch(total) as done:
-                _send(missing, source, target, done)
+            with watch(total) as done:  # captions first, so that no segment is ever without its own
+                for captions_turn in (True, False):
+                    files_now = [f for f in missing if f.name.endswith(".captions.arrow") == captions_turn]
+                    _send(files_now, source, target, done)
         if isinstance(target, ObjectStore):
             _require_there(target, target.sizes(), wanted_files)
         if here.get(manifest_name) != len(manifest_bytes):

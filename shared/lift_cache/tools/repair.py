@@ -115,9 +115,9 @@ def mend(cache: Path, *, dry_run: bool = False, progress: Callable[[str], None] 
             for segment_id in bad:
                 for path in (segment_path(segments, segment_id), captions_path(segments, segment_id)):
                     if path.exists():
-                        put_aside(cache, path)
+                        files.put_aside(cache, path)
             if "live" in done.quarantined:
-                put_aside(cache, cache / "live")
+                files.put_aside(cache, cache / "live")
         for snapshot_id in snapshots_of(cache):
             try:
                 verify_snapshot(cache, snapshot_id)
@@ -127,7 +127,7 @@ def mend(cache: Path, *, dry_run: bool = False, progress: Callable[[str], None] 
             if named:
                 done.quarantined.append(f"snapshots/{snapshot_id}")
                 if not dry_run:
-                    put_aside(cache, cache / "snapshots" / snapshot_id)
+                    files.put_aside(cache, cache / "snapshots" / snapshot_id)
     finally:
         lock.release()
     if dry_run:
@@ -142,19 +142,6 @@ def _names(cache: Path, snapshot_id: str, bad: list[str]) -> bool:
     from lift_cache.snapshot import load_manifest
 
     return any(info.id in bad for info in load_manifest(cache, snapshot_id).segments)
-
-
-def put_aside(cache: Path, path: Path) -> None:
-    """Move a file or directory of a cache to quarantine/, under a name that is free."""
-    where = cache / "quarantine"
-    files.make_directory(where)
-    target, number = where / path.name, 0
-    while target.exists():
-        number += 1
-        target = where / f"{path.name}.{number}"
-    path.rename(target)
-    files.sync_directory(where)
-    files.sync_directory(path.parent)
 
 
 def _finish(cache: Path, done: Repaired, lost: list[str]) -> None:
@@ -289,7 +276,7 @@ def salvage_live(cache: Path, *, dry_run: bool) -> Iterator[dict[str, object]]:
         try:
             rows = live.fresh_rows(number)
         except CacheDamaged:
-            yield {"unnamed": 1}
+            yield {"unnamed": live.batch_rows(number)}
             continue
         if rows is None or rows.captions is None:
             continue
