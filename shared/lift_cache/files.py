@@ -176,10 +176,7 @@ def refuse_other_content(path: Path) -> None:
 
 
 def put_aside(cache: Path, path: Path) -> None:
-    """Move a file or directory of a cache to its quarantine/, under a name that is free.
-
-    One that a power loss brings back is found, and moved, again.
-    """
+    """Move a file or directory of a cache to its quarantine/, durably, under a name that is free."""
     where = cache / "quarantine"
     make_directory(where)
     target, number = where / path.name, 0
@@ -188,6 +185,7 @@ def put_aside(cache: Path, path: Path) -> None:
         target = where / f"{path.name}.{number}"
     path.rename(target)
     sync_directory(where)
+    sync_directory(path.parent)
 
 
 def remove_temporaries(directory: Path) -> None:
