@@ -422,9 +422,8 @@ class CacheWriter:
             self._finish_registrations()
             if self._published is not None:  # a segment that could not be registered when it was written
                 info, taken = self._published
-                self._register(info, sealed=taken)
+                sealed += info.rows if self._register(info, sealed=taken) else 0
                 self._published = None
-                sealed += info.rows
             numbers = self._live.fresh_numbers()
             while numbers:
                 parts: list[StoredRows] = []
@@ -641,9 +640,10 @@ class CacheWriter:
 
     def _register(
         self, info: SegmentInfo, *, sealed: Sequence[int] = (), replaced: Sequence[int] = ()
-    ) -> None:
+    ) -> bool:
+        """Make a sealed segment part of the cache; False where it is already."""
         if info.id in {known.id for known in self._live.registry().values()}:
-            return  # a failed write may have reached the disk all the same
+            return False  # a failed write may have reached the disk all the same
         segment = Segment(self._segments_dir, info.id)
 
         def announce(number: int) -> None:
@@ -656,6 +656,7 @@ class CacheWriter:
             self._opened.pop(old, None)
         with self._put_turn:
             self._fresh_count = self._live.fresh_counts()[0]
+        return True
 
     def _finish_registrations(self) -> None:
         """Take up what a crash or a failed write cut off."""

@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from lift_cache.encoding import Encoding
-from lift_cache.errors import CacheLocked, CacheNotFound, LiftError
+from lift_cache.errors import CacheDamaged, CacheLocked, CacheNotFound, LiftError
 from lift_cache.index import merged_ranges
 from lift_cache.lock import WriterLock
 from lift_cache.provenance import provenance_of
@@ -128,7 +128,12 @@ def card(cache: Path, advance: Callable[[int], None] = lambda _: None) -> dict[s
         raise CacheNotFound(f"{cache} is not a cache (no recipe.json); check the path")
     recipe, encoding = Recipe.load(cache / "recipe.json"), Encoding.load(cache / "encoding.json")
     segments = [Segment(cache / "segments", name) for name in segment_ids(cache / "segments")]
-    manifests = [(name, load_manifest(cache, name)) for name in snapshots_of(cache)]
+    manifests, damaged = [], []
+    for name in snapshots_of(cache):
+        try:
+            manifests.append((name, load_manifest(cache, name)))
+        except CacheDamaged as error:
+            damaged.append(str(error))
     return {
         "recipe": recipe.model_dump(mode="json"),
         "fingerprint": recipe.fingerprint,
@@ -149,7 +154,10 @@ def card(cache: Path, advance: Callable[[int], None] = lambda _: None) -> dict[s
             }
             for name, m in manifests
         ],
-        "content": asdict(describe(CacheReader(cache), advance)) if manifests else None,
+        "damaged": damaged,
+        "content": asdict(describe(CacheReader(f"{cache}@{manifests[-1][0]}"), advance))
+        if manifests
+        else None,
     }
 
 
@@ -207,13 +215,14 @@ def _show(console: Console, cache: Path, values: dict[str, Any]) -> None:
     rows("made by", *((str(entry.get("engine", "")), json.dumps(entry)) for entry in values["provenance"]))
     rows(
         "stored",
-        ("segments", values["segments"]),
-        ("sealed rows", values["sealed_rows"]),
-        ("sealed bytes", values["sealed_bytes"]),
+        ("segments", f"{values['segments']:,} files; those that others took the place of count until `gc`"),
+        ("rows in them", values["sealed_rows"]),
+        ("bytes in them", values["sealed_bytes"]),
         ("not sealed", values["not_sealed"]),
     )
     for one in values["snapshots"]:
         rows("snapshot", (one["id"], f"{one['rows']:,} captions in {one['segments']} segments"))
+    rows("damaged", *(("", said) for said in values["damaged"]))
     content = values["content"]
     if content is None:
         console.print(table)
