@@ -47,6 +47,7 @@ STATUS: dict[type[errors.LiftError], tuple[int, str]] = {
     QueueFull: (503, "queue_full"),
     errors.EngineUnavailable: (503, "engine_unavailable"),
     errors.CacheFull: (507, "cache_full"),
+    errors.StorageFailed: (503, "storage_failed"),
     errors.CacheDamaged: (500, "cache_damaged"),
     errors.LiftError: (500, "internal_error"),
 }
