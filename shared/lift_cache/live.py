@@ -22,6 +22,7 @@ import itertools
 import json
 import logging
 import os
+import secrets
 import shutil
 import struct
 import threading
@@ -38,7 +39,7 @@ from pydantic import BaseModel
 
 from lift_cache import files
 from lift_cache.encoding import Encoding
-from lift_cache.errors import CacheDamaged, StorageFailed, UnsupportedFormat
+from lift_cache.errors import CacheDamaged, LiftError, StorageFailed, UnsupportedFormat
 from lift_cache.keys import KEY_BYTES
 from lift_cache.segment import (
     CAPTIONS_SCHEMA,
@@ -50,6 +51,7 @@ from lift_cache.segment import (
     number_values,
     vector_schema,
 )
+from lift_cache.witness import Witness, lost, witness_of
 
 log = logging.getLogger(__name__)
 
@@ -143,9 +145,18 @@ class LiveTier:
         self._suspect = self._closed = False
         self._checker: int | None = None
         self._leaving: tuple[set[int], set[int]] = (set(), set())
-        if not readonly and not (path / "data.mdb").exists():
-            self._create()
+        if not (path / "data.mdb").exists():
+            if said := lost(path.parent):
+                raise CacheDamaged(said)
+            if not readonly:
+                self._create()
         self._open(path)
+        if not readonly:
+            try:
+                self._enter()
+            except BaseException:
+                self._env.close()
+                raise
         # What was acknowledged, to compare with after a failure: fresh batches, and segments.
         self._acknowledged = set(self.fresh_numbers())
         self._registered = {number: info.id for number, info in self.registry().items()}
@@ -195,6 +206,35 @@ class LiveTier:
                 self._env.close()
                 raise
 
+    def _enter(self) -> None:
+        """Begin a generation. Raises CacheDamaged: this is not the tier that was closed last."""
+        if said := self.lost():
+            raise CacheDamaged(said)
+        with self._write() as txn:
+            tier, generation = self._identity(txn)
+            tier = tier or secrets.token_hex(8)
+            txn.put(b"tier", tier.encode(), db=self._meta)
+            txn.put(b"generation", _NUMBER.pack(generation + 1), db=self._meta)
+        self._bear_witness(tier, generation + 1, None)
+
+    def _identity(self, txn: lmdb.Transaction[bytes]) -> tuple[str | None, int]:
+        tier = txn.get(b"tier", db=self._meta)
+        return None if tier is None else tier.decode(), self._meta_number(txn, b"generation")
+
+    def _bear_witness(self, tier: str, generation: int, fresh: int | None) -> None:
+        cache = self.path.parent
+        inode = cache.stat().st_ino
+        Witness(directory=inode, tier=tier, generation=generation, fresh=fresh).save(cache)
+
+    def lost(self) -> str | None:
+        """What is lost when this is not the tier that a writer closed last; None when it is."""
+        witness = witness_of(self.path.parent)
+        if witness is None:
+            return None
+        with self._read() as txn:
+            said = witness.missing(*self._identity(txn))
+        return said and f"{self.path} {said}"
+
     def _require_whole(self, path: Path) -> None:
         """A page that lies beyond the end of the file would end the process that reads it."""
         pages, size = self._env.info()["last_pgno"] + 1, (path / "data.mdb").stat().st_size
@@ -234,6 +274,12 @@ class LiveTier:
 
     def close(self) -> None:
         """Wait for what is under way, then close. Closing twice does nothing."""
+        if not (self._readonly or self._closed or self._suspect):
+            with contextlib.suppress(LiftError, OSError):  # without it, the next opening is told less
+                fresh = self.fresh_counts()[0]
+                with self._read() as txn:
+                    tier, generation = self._identity(txn)
+                self._bear_witness(tier or "", generation, fresh)
         with self._write_turn, self._gate:
             self._closed = True
             self._gate.wait_for(lambda: not self._readers)

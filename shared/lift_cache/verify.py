@@ -20,6 +20,7 @@ from lift_cache.reader import CacheReader
 from lift_cache.recipe import Recipe
 from lift_cache.segment import CHECK_ROWS, Segment, check_segment, segment_ids
 from lift_cache.snapshot import require_index, snapshots_of
+from lift_cache.witness import lost
 
 
 @dataclass
@@ -85,7 +86,9 @@ def verify(path: str | os.PathLike[str], progress: Callable[[str], None] = lambd
             verify_snapshot(path, snapshot_id)
         except LiftError as error:
             report.problems.append(str(error))
-    if (path / "live").is_dir() and recipe is not None and encoding is not None:
+    if said := lost(path):
+        report.problems.append(said)
+    if (path / "live" / "data.mdb").exists() and recipe is not None and encoding is not None:
         progress("live")
         report.live = _verify_live(path, report.problems)
     return report
@@ -159,6 +162,8 @@ def walk_live(path: Path) -> Iterator[str]:
 
     recipe, encoding = Recipe.load(path / "recipe.json"), Encoding.load(path / "encoding.json")
     live = LiveTier(path / "live", recipe.fingerprint, encoding, readonly=True)
+    if said := live.lost():
+        yield said
     fresh = 0
     batches: dict[int, np.ndarray] = {}
     for number in live.fresh_numbers():

@@ -41,6 +41,7 @@ from lift_cache.snapshot import snapshots_of
 from lift_cache.tools.common import AsJson, CachePath, say
 from lift_cache.tools.maintain import open_writer
 from lift_cache.verify import live_problems, verify_snapshot
+from lift_cache.witness import lost as lost_tier
 
 
 @dataclass
@@ -93,8 +94,10 @@ def mend(cache: Path, *, dry_run: bool = False, progress: Callable[[str], None] 
             if path.name.removesuffix(".captions.arrow") not in there
         ]
         progress("live")
-        live_is_bad = (cache / "live").is_dir() and len(live_problems(cache)) > 1
-        rescue_live = (bool(bad) or live_is_bad) and (cache / "live").is_dir()
+        live_is_bad = (cache / "live" / "data.mdb").exists() and len(live_problems(cache)) > 1
+        if lost_tier(cache):
+            done.unread.append("live")
+        rescue_live = (bool(bad) or live_is_bad) and (cache / "live" / "data.mdb").exists()
         sizes = [segment_path(segments, segment_id).stat().st_size for segment_id in bad]
         if rescue_live:
             sizes.append(
@@ -118,6 +121,8 @@ def mend(cache: Path, *, dry_run: bool = False, progress: Callable[[str], None] 
                         files.put_aside(cache, path)
             if "live" in done.quarantined:
                 files.put_aside(cache, cache / "live")
+            if "live" in (*done.quarantined, *done.unread):
+                (cache / "live.json").unlink(missing_ok=True)
         for snapshot_id in snapshots_of(cache):
             try:
                 verify_snapshot(cache, snapshot_id)
@@ -133,7 +138,7 @@ def mend(cache: Path, *, dry_run: bool = False, progress: Callable[[str], None] 
     if dry_run:
         done.lost = len(set(lost))
         return done
-    if done.quarantined or lost:
+    if done.quarantined or done.unread or lost:
         _finish(cache, done, lost)
     return done
 
@@ -336,7 +341,7 @@ def repair(
     """
     with Console(stderr=True).status("reading") as status:
         done = mend(cache, dry_run=dry_run, progress=lambda what: status.update(f"reading {what}"))
-    if not done.quarantined and not done.lost:
+    if not done.quarantined and not done.unread and not done.lost:
         say(as_json, asdict(done), "nothing is damaged")
         return
     did = "would put" if dry_run else "put"

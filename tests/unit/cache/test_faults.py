@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
+import shutil
 import subprocess
 import sys
 import threading
@@ -23,6 +25,7 @@ from lift_cache.reader import CacheReader
 from lift_cache.recipe import Recipe
 from lift_cache.segment import segment_ids
 from lift_cache.snapshot import snapshots_of
+from lift_cache.tools.repair import mend
 from lift_cache.verify import verify
 from lift_cache.writer import CacheWriter, Rows
 
@@ -279,3 +282,54 @@ def test_the_captions_of_a_lost_segment_are_not_collected(
     with CacheWriter.open(tmp_path / "cache") as writer:
         assert writer.gc() == []
     assert (tmp_path / "cache" / "segments" / f"{one}.captions.arrow").exists()
+
+
+@pytest.mark.parametrize("what", ["deleted", "older copy"])
+@pytest.mark.parametrize("closed", [True, False])
+def test_a_live_tier_that_went_missing_with_rows_is_noticed(
+    what: str, closed: bool, tmp_path: Path, recipe: Recipe, vectors: Vectors
+) -> None:
+    drawn = vectors(30)
+    cache = tmp_path / "cache"
+    with CacheWriter.open(cache, recipe) as writer:
+        put(writer, drawn, 0, 10)
+        writer.seal()
+        put(writer, drawn, 10, 20)
+    older = shutil.copytree(cache / "live", tmp_path / "older")
+    writer = CacheWriter.open(cache)
+    put(writer, drawn, 20, 30)
+    if closed:
+        writer.close()
+    else:  # as a kill leaves it
+        writer._live._env.close()
+        writer._lock.release()
+    shutil.rmtree(cache / "live")
+    if what == "older copy":
+        shutil.copytree(older, cache / "live")
+    said = (
+        "is missing" if what == "deleted" else "is an older copy"
+    ) + f".*{'20 ' if closed else ''}rows that were not sealed"
+    with pytest.raises(CacheDamaged, match=said):
+        CacheWriter.open(cache)
+    assert any(re.search(said, problem) for problem in verify(cache).problems)
+    elsewhere = shutil.copytree(cache, tmp_path / "copy", ignore=shutil.ignore_patterns("live"))
+    with CacheWriter.open(elsewhere) as copied:
+        assert copied.rows == 10, "a copy without live/ is a cache of what was sealed"
+    done = mend(cache)
+    assert "live" in done.unread or "live" in done.quarantined
+    with CacheWriter.open(cache) as again:
+        assert again.rows == (10 if what == "deleted" else 20)
+        again.snapshot()
+    assert not verify(cache).problems
+
+
+def test_a_live_tier_that_went_missing_with_nothing_in_it_is_made_anew(
+    tmp_path: Path, recipe: Recipe, vectors: Vectors
+) -> None:
+    with CacheWriter.open(tmp_path / "cache", recipe) as writer:
+        put(writer, vectors(10), 0, 10)
+        writer.seal()
+    shutil.rmtree(tmp_path / "cache" / "live")
+    assert not verify(tmp_path / "cache").problems
+    with CacheWriter.open(tmp_path / "cache") as writer:
+        assert writer.rows == 10
