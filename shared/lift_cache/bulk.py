@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -16,8 +17,8 @@ import pyarrow as pa
 
 from lift_cache import files
 from lift_cache.encoding import Encoding
-from lift_cache.errors import LiftError, VectorRejected
-from lift_cache.keys import KEY_BYTES, key_of_normalised, normalise
+from lift_cache.errors import VectorRejected
+from lift_cache.keys import keyed, normalise
 from lift_cache.lock import WriterLock
 from lift_cache.provenance import save_provenance
 from lift_cache.recipe import Recipe
@@ -69,6 +70,8 @@ class BulkWriter:
         self._waiting: list[StoredRows] = []
         self._waiting_rows = 0
         self._infos: list[SegmentInfo] = []
+        self._writer = ThreadPoolExecutor(1, thread_name_prefix="bulk")
+        self._writing: Future[list[SegmentInfo]] | None = None
         self._segments_dir = self.path / "segments"
         files.refuse_other_content(self.path)
         files.make_directory(self.path)
@@ -90,6 +93,7 @@ class BulkWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._writer.shutdown(wait=True)
         self._lock.release()
 
     def add(
@@ -118,27 +122,14 @@ class BulkWriter:
         truncated = np.zeros(n, bool) if truncated is None else np.asarray(truncated, bool)
         require_lengths(captions, vectors, tokens, truncated)
         stored, bad = self.encoding.encode(np.asarray(vectors, np.float32))
-        texts, keys = [], np.zeros((len(captions), KEY_BYTES), np.uint8)
-        for row, caption in enumerate(captions):
-            try:
-                text = normalise(caption)
-            except LiftError as error:
-                bad.setdefault(row, str(error))
-                text = ""
-            else:
-                keys[row] = np.frombuffer(key_of_normalised(text), np.uint8)
-            texts.append(text)
-        good = np.array([row for row in range(len(texts)) if row not in bad], np.int64)
-        self.add_stored(
-            StoredRows(
-                keys,
-                stored,
-                tokens,
-                truncated,
-                row_checksums(keys, stored),
-                pa.array(texts, pa.large_string()),
-            ).take(good)
+        texts, keys, unusable = keyed(captions)
+        bad = unusable | bad
+        rows = StoredRows(
+            keys, stored, tokens, truncated, row_checksums(keys, stored), pa.array(texts, pa.large_string())
         )
+        if bad:
+            rows = rows.take(np.array([row for row in range(n) if row not in bad], np.int64))
+        self.add_stored(rows)
         return bad
 
     def add_stored(self, rows: StoredRows) -> None:
@@ -158,20 +149,29 @@ class BulkWriter:
             CacheFull.
         """
         self._write()
+        self._wait()
         return build_snapshot(self.path, self.recipe, self.encoding, self._infos, self._provenance, progress)
 
     def _write(self) -> None:
-        if not self._waiting_rows:
-            return
-        rows = StoredRows.concatenate(self._waiting)
-        _, first = np.unique(rows.keys.view("S16").ravel(), return_index=True)
-        for start in range(0, len(first), self._segment_rows):
-            # The order that `np.unique` found is the order of a segment.
-            with SegmentWriter(self._segments_dir, self.recipe, self.encoding) as segment:
-                segment.add(rows.take(first[start : start + self._segment_rows]))
-                self._infos.append(segment.finish())
+        """Write what waits, while more comes in: one at a time, so that no more than two segments are in memory."""
+        self._wait()
+        if self._waiting_rows:
+            self._writing = self._writer.submit(self._write_segments, self._waiting)
         self._waiting = []
         self._waiting_rows = 0
+
+    def _wait(self) -> None:
+        if self._writing is not None:
+            writing, self._writing = self._writing, None
+            self._infos += writing.result()
+
+    def _write_segments(self, parts: list[StoredRows]) -> list[SegmentInfo]:
+        rows, infos = StoredRows.in_order(parts), []
+        for start in range(0, len(rows), self._segment_rows):
+            with SegmentWriter(self._segments_dir, self.recipe, self.encoding) as segment:
+                segment.add(rows.slice(start, start + self._segment_rows))
+                infos.append(segment.finish())
+        return infos
 
 
 def write_cache(

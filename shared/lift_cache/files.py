@@ -72,6 +72,11 @@ def share_with_group(path: Path) -> None:
 def publish(temporary: Path, final: Path) -> None:
     """Turn a finished temporary file into the final one, durably."""
     sync_file(temporary)
+    rename(temporary, final)
+
+
+def rename(temporary: Path, final: Path) -> None:
+    """As `publish`, for a file that is durable already."""
     if temporary.stat().st_nlink == 1:  # a link has its group from where it was made
         share_with_group(temporary)
     temporary.replace(final)

@@ -22,7 +22,7 @@ from pydantic import BaseModel, ConfigDict
 
 from lift_cache import files
 from lift_cache.errors import CacheDamaged
-from lift_cache.keys import KEY_BYTES, halves, sort_order
+from lift_cache.keys import KEY_BYTES, first_of_each, halves
 from lift_cache.segment import Segment, binary_array, binary_values, number_values
 
 INDEX_SCHEMA = pa.schema([("key", pa.binary(KEY_BYTES)), ("location", pa.uint64())])
@@ -224,13 +224,9 @@ def merged_ranges(
         truncated = np.concatenate(
             [s.column("truncated", row) for s, row in zip(segments, rows, strict=True)]
         )
-        order = sort_order(keys)  # stable: of equal keys the first segment's comes first
-        keys = keys[order]
-        halved = keys.view(np.uint64)
-        first = np.ones(len(order), bool)
-        first[1:] = (halved[1:] != halved[:-1]).any(1)
-        order, keys = order[first], keys[first]
-        yield Range(keys, halves(keys)[0], location[order], tokens[order], truncated[order])
+        first = first_of_each(keys)
+        keys = keys[first]
+        yield Range(keys, halves(keys)[0], location[first], tokens[first], truncated[first])
 
 
 def range_bits(rows: int) -> int:

@@ -52,13 +52,38 @@ def caption_key(caption: str) -> bytes:
 
 def caption_keys(captions: Sequence[str]) -> np.ndarray:
     """Keys of many captions: uint8 [n, 16]. Raises BadCaption naming the position of the first bad one."""
-    keys = bytearray()
+    _, keys, bad = keyed(captions)
+    for i, reason in bad.items():
+        raise BadCaption(f"caption {i}: {reason}")
+    return keys
+
+
+def keyed(captions: Sequence[object]) -> tuple[list[str], np.ndarray, dict[int, str]]:
+    """Many captions at once, some of which may be unusable.
+
+    Returns:
+        Normalised texts and keys uint8 [n, 16], empty and zeros where unusable; position → reason for those.
+    """
+    texts, keys, bad = [], bytearray(), {}
     for i, caption in enumerate(captions):
         try:
-            keys += caption_key(caption)
+            text = normalise(caption)
+            key = key_of_normalised(text)
         except BadCaption as error:
-            raise BadCaption(f"caption {i}: {error}") from None
-    return np.frombuffer(bytes(keys), np.uint8).reshape(-1, KEY_BYTES)
+            bad[i] = str(error)
+            text, key = "", bytes(KEY_BYTES)
+        texts.append(text)
+        keys += key
+    return texts, np.frombuffer(bytes(keys), np.uint8).reshape(-1, KEY_BYTES), bad
+
+
+def first_of_each(keys: np.ndarray) -> np.ndarray:
+    """Positions of the first row of each distinct key (uint8 [n, 16]), in ascending order of key: int64 [m]."""
+    order = sort_order(keys)
+    ordered = keys[order].view(np.uint64)
+    new = np.ones(len(order), bool)
+    new[1:] = (ordered[1:] != ordered[:-1]).any(1)
+    return order[new]
 
 
 def sort_order(keys: np.ndarray) -> np.ndarray:

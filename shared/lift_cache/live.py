@@ -174,8 +174,7 @@ class LiveTier:
                 files.share_with_group(temporary)
                 if self.path.is_dir():  # emptied by hand
                     (self.path / "lock.mdb").unlink(missing_ok=True)
-                temporary.rename(self.path)
-                files.sync_directory(self.path.parent)
+                temporary.rename(self.path)  # as durable as the witness, which is written beside it next
             finally:
                 shutil.rmtree(temporary, ignore_errors=True)
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 import bisect
 import contextlib
 from collections.abc import Sequence, Sized
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -27,7 +28,7 @@ from lift_cache import files
 from lift_cache.encoding import Encoding
 from lift_cache.errors import BadCaption, CacheDamaged, EncodingMismatch, UnsupportedFormat
 from lift_cache.flatmap import Extent, alignment
-from lift_cache.keys import KEY_BYTES, caption_key, halves, sort_order
+from lift_cache.keys import KEY_BYTES, caption_key, first_of_each, halves
 from lift_cache.recipe import Recipe
 
 FORMAT_VERSION = 2
@@ -113,6 +114,37 @@ class StoredRows:
             np.concatenate([part.truncated for part in parts]),
             np.concatenate([part.checksums for part in parts]),
             None if any(c is None for c in captions) else pa.concat_arrays(captions),
+        )
+
+    def distinct(self) -> StoredRows:
+        """Without the later ones of equal keys."""
+        first = np.sort(first_of_each(self.keys))
+        return self if len(first) == len(self) else self.take(first)
+
+    @staticmethod
+    def in_order(parts: Sequence[StoredRows]) -> StoredRows:
+        """Rows ascending by key, of equal keys the first; vectors, which are most of it, are copied once."""
+        keys = np.concatenate([part.keys for part in parts])
+        chosen = first_of_each(keys)
+        place = np.full(len(keys), -1, np.int64)
+        place[chosen] = np.arange(len(chosen))
+        vectors = np.empty((len(chosen), *parts[0].vectors.shape[1:]), parts[0].vectors.dtype)
+        end = 0
+        for part in parts:
+            start, end = end, end + len(part)
+            to = place[start:end]
+            if to.min(initial=0) < 0:
+                vectors[to[to >= 0]] = part.vectors[to >= 0]
+            else:
+                vectors[to] = part.vectors
+        captions = [part.captions for part in parts]
+        return StoredRows(
+            keys[chosen],
+            vectors,
+            np.concatenate([part.tokens for part in parts])[chosen],
+            np.concatenate([part.truncated for part in parts])[chosen],
+            np.concatenate([part.checksums for part in parts])[chosen],
+            None if any(c is None for c in captions) else pa.concat_arrays(captions).take(pa.array(chosen)),
         )
 
     def slice(self, start: int, stop: int) -> StoredRows:
@@ -205,16 +237,19 @@ def segment_bytes(encoding: Encoding, rows: int, caption_bytes: int = 60) -> int
     return rows * per_row + 16_384
 
 
-def write_segment(directory: Path, recipe: Recipe, encoding: Encoding, rows: StoredRows) -> SegmentInfo:
-    """Write one segment durably. Rows may come in any order and must have distinct keys.
+def write_segment(
+    directory: Path, recipe: Recipe, encoding: Encoding, parts: Sequence[StoredRows]
+) -> SegmentInfo:
+    """Write one segment durably. Rows may come in any order; of equal keys the first counts.
 
     Writing the same rows twice gives the same id.
 
     Raises:
         CacheFull: no room; nothing under a final name is left of this segment but, perhaps, its captions.
     """
+    rows = StoredRows.in_order(parts)
     with SegmentWriter(directory, recipe, encoding, captions=rows.captions is not None) as writer:
-        writer.add(rows.take(sort_order(rows.keys)))
+        writer.add(rows)
         return writer.finish()
 
 
@@ -279,8 +314,7 @@ class SegmentWriter:
         captions_digest, captions_size = "", 0
         with files.room_for(self._directory):
             if self._captions is not None:
-                self._captions.close()
-                captions_digest, captions_size = self._captions.digest(), self._captions.size()
+                captions_digest, captions_size = self._captions.finish(), self._captions.size()
             trailer = {
                 "lift.captions": captions_digest,
                 "lift.captions-size": str(captions_size),
@@ -289,9 +323,8 @@ class SegmentWriter:
                 "lift.truncated": str(self._truncated),
             }
             self._vectors.write(empty_batch(self._schema), trailer)
-            self._vectors.close()
             info = SegmentInfo(
-                id=self._vectors.digest(),
+                id=self._vectors.finish(),
                 rows=self._rows,
                 size=self._vectors.size(),
                 tokens=self._tokens,
@@ -373,14 +406,19 @@ class _ArrowFile:
             finally:
                 self._sink.close()
 
-    def digest(self) -> str:
-        return files.digest_file(self.path)
+    def finish(self) -> str:
+        """Close it, make it durable, and read it back meanwhile for its digest, which is returned."""
+        self.close()
+        with ThreadPoolExecutor(1) as reading:
+            digest = reading.submit(files.digest_file, self.path)
+            files.sync_file(self.path)
+            return digest.result()
 
     def size(self) -> int:
         return self.path.stat().st_size
 
     def publish(self, final: Path) -> None:
-        files.publish(self.path, final)
+        files.rename(self.path, final)
 
     def discard(self) -> None:
         """Close and delete what was not published."""

@@ -32,7 +32,7 @@ from lift_cache import files
 from lift_cache.compaction import choose, merge_bytes, merge_segments
 from lift_cache.encoding import Encoding
 from lift_cache.errors import BadConfig, CacheDamaged, CacheFull, CacheNotFound, LiftError, StorageFailed
-from lift_cache.keys import KEY_BYTES, key_of_normalised, normalise
+from lift_cache.keys import first_of_each, keyed
 from lift_cache.live import LiveTier, SegmentRows
 from lift_cache.lock import WriterLock
 from lift_cache.provenance import note_provenance, provenance_of
@@ -338,33 +338,25 @@ class CacheWriter:
         """
         require_lengths(rows.captions, rows.vectors, rows.tokens, rows.truncated)
         stored, rejected = self.encoding.encode(np.asarray(rows.vectors, np.float32))
-        texts: list[str] = []
-        keys = np.zeros((len(rows.captions), KEY_BYTES), np.uint8)
-        for i, caption in enumerate(rows.captions):
-            try:
-                text = normalise(caption)
-            except LiftError as error:
-                rejected[i] = str(error)
-                text = ""
-            else:
-                keys[i] = np.frombuffer(key_of_normalised(text), np.uint8)
-            texts.append(text)
-        good = np.array([i not in rejected for i in range(len(texts))], bool)
-        chosen = first_of_each(keys, good)
-        if not len(chosen):
-            return PutResult(0, 0, rejected)
-        chosen_keys, chosen_vectors = keys[chosen], stored[chosen]
+        texts, keys, unusable = keyed(rows.captions)
+        rejected |= unusable
         ready = StoredRows(
-            chosen_keys,
-            chosen_vectors,
-            np.asarray(rows.tokens, np.int32)[chosen],
-            np.asarray(rows.truncated, bool)[chosen],
-            row_checksums(chosen_keys, chosen_vectors),
-            pa.array([texts[i] for i in chosen.tolist()], pa.large_string()),
+            keys,
+            stored,
+            np.asarray(rows.tokens, np.int32),
+            np.asarray(rows.truncated, bool),
+            row_checksums(keys, stored),
+            pa.array(texts, pa.large_string()),
         )
+        good = len(ready) - len(rejected)
+        if rejected:
+            ready = ready.take(np.array([i for i in range(len(ready)) if i not in rejected], np.int64))
+        ready = ready.distinct()
+        if not len(ready):
+            return PutResult(0, 0, rejected)
         step = max(1, GROUP_BYTES // row_bytes(self.encoding))
         new = sum(self._commit(ready.slice(at, at + step)) for at in range(0, len(ready), step))
-        return PutResult(new, int(good.sum()) - new, rejected)
+        return PutResult(new, good - new, rejected)
 
     def _commit(self, rows: StoredRows) -> int:
         """Commit rows with whatever else waits; returns how many were new."""
@@ -385,10 +377,13 @@ class CacheWriter:
             while self._waiting and (not group or size + self._waiting[0].rows.vectors.nbytes <= GROUP_BYTES):
                 group.append(self._waiting.popleft())
                 size += group[-1].rows.vectors.nbytes
-            together = group[0].rows if len(group) == 1 else StoredRows.concatenate([w.rows for w in group])
-            first = first_of_each(together.keys, np.ones(len(together), bool))
-            stored = np.zeros(len(together), bool)
-            stored[first] = self._live.put(together if len(first) == len(together) else together.take(first))
+            if len(group) == 1:
+                stored = self._live.put(group[0].rows)
+            else:
+                together = StoredRows.concatenate([waiting.rows for waiting in group])
+                first = np.sort(first_of_each(together.keys))
+                stored = np.zeros(len(together), bool)
+                stored[first] = self._live.put(together.take(first))
         except BaseException as error:
             interrupted = not isinstance(error, Exception)  # Ctrl-C is for one thread, not for all that wait
             for waiting in group:
@@ -433,15 +428,16 @@ class CacheWriter:
                     assert rows is not None
                     parts.append(rows)
                     taken.append(numbers.pop(0))
-                together = StoredRows.concatenate(parts)
-                assert together.captions is not None
-                need = segment_bytes(self.encoding, len(together), 0) + together.captions.nbytes
+                count = sum(map(len, parts))
+                need = segment_bytes(self.encoding, count, 0) + sum(
+                    rows.captions.nbytes for rows in parts if rows.captions is not None
+                )
                 files.require_room(self._segments_dir, need, "sealing")
-                info = write_segment(self._segments_dir, self.recipe, self.encoding, together)
+                info = write_segment(self._segments_dir, self.recipe, self.encoding, parts)
                 self._published = info, taken
                 self._register(info, sealed=taken)
                 self._published = None
-                sealed += len(together)
+                sealed += count
         return sealed
 
     def compact(
@@ -839,14 +835,6 @@ def _is_cache(path: Path) -> bool:
         return True
     files.refuse_other_content(path)
     return False
-
-
-def first_of_each(keys: np.ndarray, wanted: np.ndarray) -> np.ndarray:
-    """Positions, ascending, of the first wanted row of each distinct key."""
-    first: dict[bytes, int] = {}
-    for i in np.flatnonzero(wanted).tolist():
-        first.setdefault(keys[i].tobytes(), i)
-    return np.fromiter(first.values(), np.int64, len(first))
 
 
 def _rows_of(segment: Segment) -> Callable[[int, int], SegmentRows]:

@@ -27,6 +27,7 @@ from world import Promise, keys_of, open_writer, vectors_of, verify_problems
 from lift_cache.errors import LiftError
 from lift_cache.reader import CacheReader
 from lift_cache.snapshot import snapshots_of
+from lift_cache.witness import Witness
 
 BY_REAL_PROCESS = 50
 """One case in so many runs `verify` as users do; the others fork where it starts a process."""
@@ -186,11 +187,15 @@ class Looks:
     written: Outcome[str]
 
 
+UNSEALED = ("writer.lock", "live.json")
+"""Files whose damage costs nothing while live/ is right."""
+
+
 def cases(cache: Path, chance: Random) -> Iterator[Case]:
     """Without end: live/ and sealed files, of these every kind as often."""
     sealed: dict[str, list[Path]] = {}
     for path in sorted(cache.rglob("*")):
-        if path.is_file() and not path.is_relative_to(cache / "live") and path.name != "writer.lock":
+        if path.is_file() and not path.is_relative_to(cache / "live") and path.name not in UNSEALED:
             inside = path.relative_to(cache)
             sealed.setdefault(pattern(str(inside)), []).append(inside)
     number = 0
@@ -205,9 +210,17 @@ def cases(cache: Path, chance: Random) -> Iterator[Case]:
         elif number % 40 == 0:
             damage: Damage = chance.choice((live_gone, live_older))
             yield Case(damage.__name__.replace("_", "/ "), Path("live"), damage, seed, real)
+        elif number % 40 == 20:
+            yield Case("live.json", Path("live.json"), chance.choice(FILE_DAMAGES), seed, real)
         else:
             damage = chance.choice([d for d in FILE_DAMAGES if d not in (exchange, age)])
             yield Case("live/data.mdb", Path("live/data.mdb"), damage, seed, real)
+
+
+def stay(cache: Path) -> None:
+    """Have a copied cache pass for the original: its witness knows the directory that it speaks of."""
+    written = Witness.model_validate_json((cache / "live.json").read_bytes())
+    written.model_copy(update={"directory": cache.stat().st_ino}).save(cache)
 
 
 def look(case: Case, base: Path, older: Path, promise: Promise, scratch: Path) -> Looks:
@@ -215,6 +228,7 @@ def look(case: Case, base: Path, older: Path, promise: Promise, scratch: Path) -
     where = Path(tempfile.mkdtemp(dir=scratch))
     cache = where / "cache"
     shutil.copytree(base, cache)
+    stay(cache)
     try:
         done = case.damage(cache / case.path, cache, older, Random(case.seed))
         if done is None:
