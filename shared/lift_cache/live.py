@@ -346,6 +346,10 @@ class LiveTier:
             with contextlib.suppress(OSError):
                 _forget_pages(self.path / "data.mdb")
             self._open(self.path)
+            # What failed may be in the file, unsynced, and newer than what LMDB has gone back to. It must not come
+            # out of a power loss after the next transaction has written over its pages.
+            with lmdb_errors(self.path):
+                self._env.sync(True)
         # A failed commit may have reached the disk all the same: what it dropped is gone then.
         dropped_batches, dropped_segments = self._leaving
         missing = set(self._registered) - set(self.registry()) - dropped_segments
