@@ -22,12 +22,11 @@ from children import Outcome, alone, each, must
 from shim import pattern
 from tally import Tally
 from workloads import Materials, keep_snapshots, merge, put, snapshot, source_rows
-from world import Promise, keys_of, open_writer, vectors_of, verify_problems
+from world import Promise, keys_of, open_writer, stay, vectors_of, verify_problems
 
 from lift_cache.errors import LiftError
 from lift_cache.reader import CacheReader
 from lift_cache.snapshot import snapshots_of
-from lift_cache.witness import Witness
 
 BY_REAL_PROCESS = 50
 """One case in so many runs `verify` as users do; the others fork where it starts a process."""
@@ -215,12 +214,6 @@ def cases(cache: Path, chance: Random) -> Iterator[Case]:
         else:
             damage = chance.choice([d for d in FILE_DAMAGES if d not in (exchange, age)])
             yield Case("live/data.mdb", Path("live/data.mdb"), damage, seed, real)
-
-
-def stay(cache: Path) -> None:
-    """Have a copied cache pass for the original: its witness knows the directory that it speaks of."""
-    written = Witness.model_validate_json((cache / "live.json").read_bytes())
-    written.model_copy(update={"directory": cache.stat().st_ino}).save(cache)
 
 
 def look(case: Case, base: Path, older: Path, promise: Promise, scratch: Path) -> Looks:

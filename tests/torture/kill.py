@@ -80,7 +80,7 @@ def busy(
                     case "gc":
                         writer.gc()
                     case "note":
-                        writer.note_provenance({"engine": f"torture {chance.randrange(4)}"})
+                        writer.note_provenance({"engine": f"torture {chance.random()}"})
                 time.sleep(chance.random() * 0.02)
         finally:
             done.set()
@@ -268,7 +268,7 @@ def run(
         chance.shuffle(todo)
         jobs = [(step, chance.randrange(2**32), min(wanted - reached[step], ROUNDS)) for step in todo[:20]]
         lives.update(step for step, _, _ in jobs)
-        for (step, seed, _), outcome in each(step_life, jobs, until=late):
+        for (step, seed, _), outcome in each(step_life, jobs, until=late, patience=600):
             for killed in outcome.value or ():
                 reached[step] += killed.reached
                 tally.count(killed.kind("kills at named steps"), killed.problems, f"{step}, seed {seed}")

@@ -30,7 +30,7 @@ from disk import Disk, Tree
 from shim import Op, Record, note, read_trace, watch
 from tally import Tally, keep
 from workloads import Materials
-from world import Promise, broken
+from world import Promise, broken, stay
 
 import lift_cache
 
@@ -154,9 +154,25 @@ def sync_calls() -> dict[str, Path]:
 
 
 def without(events: list[Event], site: str) -> list[Event]:
-    """The trace as the code would leave it without the syncs of one line."""
-    left = [event for event in events if event.site != site or event.record.op != Op.SYNC]
-    return [Event(replace(event.record, op=Op.WRITE)) if event.site == site else event for event in left]
+    """The trace as the code would leave it without the syncs of one line; each becomes a note that says nothing."""
+
+    def changed(record: Record) -> Record:
+        return replace(record, op=Op.WRITE) if record.op == Op.WRITE_SYNC else replace(record, op=Op.NOTE)
+
+    return [Event(changed(event.record)) if event.site == site else event for event in events]
+
+
+def exposed(events: list[Event], site: str) -> list[int]:
+    """The points where the syncs of one line make a difference: until the same file is synced again."""
+    points, since = set[int](), dict[int, int]()
+    for i, event in enumerate(events):
+        if event.site == site:
+            since.setdefault(event.record.inode, i)
+        elif event.record.op == Op.SYNC and event.record.inode in since:
+            points.update(range(since.pop(event.record.inode) + 1, i + 1))
+    for first in since.values():
+        points.update(range(first + 1, len(events) + 1))
+    return sorted(points.intersection(interesting(events)))
 
 
 def interesting(events: list[Event]) -> list[int]:
@@ -210,6 +226,7 @@ def examine(state: State, scratch: Path) -> list[str]:
     """Put a state on a real file system and open it; what is broken of its promise."""
     where = Path(tempfile.mkdtemp(dir=scratch)) / "disk"
     write_tree(state.tree, where)
+    stay(where / "cache")
     try:
         return broken(where / "cache", state.promise)
     finally:
@@ -259,7 +276,7 @@ def mutate(
     Args:
         known: what is broken without that.
     """
-    every = [event for name, events in traces.items() if name != "failing" for event in events if event.site]
+    every = [event for events in traces.values() for event in events if event.site]
     sites = sorted({event.site for event in every if event.site != ELSEWHERE})
     for call, path in sorted(sync_calls().items()):
         if call not in {site.split(" ")[0] for site in sites}:
@@ -303,12 +320,11 @@ def _fixed_states(traces: dict[str, list[Event]], chance: Random) -> Iterator[St
 
 
 def _mutated_states(traces: dict[str, list[Event]], site: str, chance: Random) -> Iterator[State]:
-    for random in (0, 1):
+    for random in (0, 1, 16):
         for name, events in traces.items():
-            mutant = without(events, site)
-            first = next(i for i, event in enumerate(events) if event.site == site)
-            points = [point for point in interesting(mutant) if point >= first]
-            yield from states(name, mutant, points, random, chance, fixed=not random)
+            yield from states(
+                name, without(events, site), exposed(events, site), random, chance, fixed=not random
+            )
 
 
 def _examined(found: Iterator[State], scratch: Path, until: float) -> Iterator[tuple[State, list[str]]]:

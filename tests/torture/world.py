@@ -25,6 +25,7 @@ from pathlib import Path
 
 import numpy as np
 from children import alone
+from pydantic import ValidationError
 
 from lift_cache import compaction, live, snapshot, verify
 from lift_cache.encoding import Encoding
@@ -33,6 +34,7 @@ from lift_cache.keys import caption_keys
 from lift_cache.reader import CacheReader
 from lift_cache.recipe import Recipe
 from lift_cache.snapshot import snapshots_of
+from lift_cache.witness import Witness
 from lift_cache.writer import CacheWriter, Rows
 
 DIMENSIONS = 24
@@ -165,6 +167,16 @@ def _missing_files(path: Path, promise: Promise) -> list[str]:
 
 def _back_again(path: Path, promise: Promise) -> list[str]:
     return [f"snapshot {name} was removed and is back" for name in promise.gone & {*snapshots_of(path)}]
+
+
+def stay(cache: Path) -> None:
+    """Have a copy of a cache pass for the original: `live.json` knows the directory that it speaks of."""
+    try:
+        written = Witness.model_validate_json((cache / "live.json").read_bytes())
+    except (OSError, ValidationError):
+        return
+    here = written.model_copy(update={"directory": cache.stat().st_ino})
+    (cache / "live.json").write_text(here.model_dump_json())
 
 
 def broken_rows(writer: CacheWriter, promise: Promise) -> list[str]:
