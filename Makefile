@@ -43,6 +43,7 @@ torture: setup  ## try to break what docs/cache.md promises: power loss, kill -9
 	$(E)/python tests/torture --full
 
 torture-short: setup  ## a five-minute share of it
+	$(E)/pytest -q tests/torture/test_disk.py
 	$(E)/python tests/torture --budget 300
 
 lint: setup  ## ruff and mypy
