@@ -39,7 +39,7 @@ from pydantic import BaseModel
 
 from lift_cache import files
 from lift_cache.encoding import Encoding
-from lift_cache.errors import CacheDamaged, LiftError, StorageFailed, UnsupportedFormat
+from lift_cache.errors import CacheDamaged, CacheFull, LiftError, StorageFailed, UnsupportedFormat
 from lift_cache.keys import KEY_BYTES
 from lift_cache.segment import (
     CAPTIONS_SCHEMA,
@@ -151,15 +151,15 @@ class LiveTier:
             if not readonly:
                 self._create()
         self._open(path)
+        # What was acknowledged, to compare with after a failure: fresh batches, and segments.
+        self._acknowledged = set(self.fresh_numbers())
+        self._registered = {number: info.id for number, info in self.registry().items()}
         if not readonly:
             try:
                 self._enter()
             except BaseException:
                 self._env.close()
                 raise
-        # What was acknowledged, to compare with after a failure: fresh batches, and segments.
-        self._acknowledged = set(self.fresh_numbers())
-        self._registered = {number: info.id for number, info in self.registry().items()}
 
     def _create(self) -> None:
         """Make the environment under another name: LMDB writes its first pages without a sync, and a power loss
@@ -209,12 +209,15 @@ class LiveTier:
         """Begin a generation. Raises CacheDamaged: this is not the tier that was closed last."""
         if said := self.lost():
             raise CacheDamaged(said)
-        with self._write() as txn:
-            tier, generation = self._identity(txn)
-            tier = tier or secrets.token_hex(8)
-            txn.put(b"tier", tier.encode(), db=self._meta)
-            txn.put(b"generation", _NUMBER.pack(generation + 1), db=self._meta)
-        self._bear_witness(tier, generation + 1, None)
+        try:
+            with self._write() as txn:
+                tier, generation = self._identity(txn)
+                tier = tier or secrets.token_hex(8)
+                txn.put(b"tier", tier.encode(), db=self._meta)
+                txn.put(b"generation", _NUMBER.pack(generation + 1), db=self._meta)
+            self._bear_witness(tier, generation + 1, None)
+        except CacheFull as error:  # which must not keep what is here from being read
+            log.warning("%s: the opening is not noted in live.json: %s", self.path, error)
 
     def _identity(self, txn: lmdb.Transaction[bytes]) -> tuple[str | None, int]:
         tier = txn.get(b"tier", db=self._meta)

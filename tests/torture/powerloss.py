@@ -172,7 +172,7 @@ def exposed(events: list[Event], site: str) -> list[int]:
             points.update(range(since.pop(event.record.inode) + 1, i + 1))
     for first in since.values():
         points.update(range(first + 1, len(events) + 1))
-    return sorted(points.intersection(interesting(events)))
+    return sorted(points)
 
 
 def interesting(events: list[Event]) -> list[int]:
@@ -322,9 +322,10 @@ def _fixed_states(traces: dict[str, list[Event]], chance: Random) -> Iterator[St
 def _mutated_states(traces: dict[str, list[Event]], site: str, chance: Random) -> Iterator[State]:
     for random in (0, 1, 16):
         for name, events in traces.items():
-            yield from states(
-                name, without(events, site), exposed(events, site), random, chance, fixed=not random
-            )
+            points = exposed(events, site)
+            if not random:
+                points = sorted({*points}.intersection(interesting(events)))
+            yield from states(name, without(events, site), points, random, chance, fixed=not random)
 
 
 def _examined(found: Iterator[State], scratch: Path, until: float) -> Iterator[tuple[State, list[str]]]:

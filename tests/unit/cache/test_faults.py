@@ -18,7 +18,7 @@ import pytest
 from lift_cache import live
 from lift_cache.bulk import BulkWriter, write_cache
 from lift_cache.encoding import Encoding
-from lift_cache.errors import CacheDamaged, CacheLocked, EncodingMismatch, LiftError, StorageFailed
+from lift_cache.errors import CacheDamaged, CacheFull, CacheLocked, EncodingMismatch, LiftError, StorageFailed
 from lift_cache.keys import caption_keys
 from lift_cache.live import LiveTier
 from lift_cache.reader import CacheReader
@@ -27,6 +27,7 @@ from lift_cache.segment import segment_ids
 from lift_cache.snapshot import snapshots_of
 from lift_cache.tools.repair import mend
 from lift_cache.verify import verify
+from lift_cache.witness import Witness
 from lift_cache.writer import CacheWriter, Rows
 
 Vectors = Callable[..., np.ndarray]
@@ -333,3 +334,18 @@ def test_a_live_tier_that_went_missing_with_nothing_in_it_is_made_anew(
     assert not verify(tmp_path / "cache").problems
     with CacheWriter.open(tmp_path / "cache") as writer:
         assert writer.rows == 10
+
+
+def test_a_full_disk_does_not_keep_a_cache_from_opening(
+    tmp_path: Path, recipe: Recipe, vectors: Vectors, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn = vectors(20)
+    with CacheWriter.open(tmp_path / "cache", recipe) as writer:
+        put(writer, drawn, 0, 10)
+    with monkeypatch.context() as full:
+        full.setattr(Witness, "save", lambda *_: (_ for _ in ()).throw(CacheFull("no space left")))
+        with CacheWriter.open(tmp_path / "cache") as writer:
+            assert writer.get(caption_keys(names(0, 10))).found.all()
+    with CacheWriter.open(tmp_path / "cache") as writer:
+        put(writer, drawn, 10, 20)
+        assert writer.rows == 20
