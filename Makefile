@@ -63,7 +63,7 @@ bench-posembed: setup  ## position embeddings on generated scenes, five seeds (2
 bench-emoji: demo  ## text transforms and controls on unseen emoji, three seeds (25 minutes on 2 free cores)
 	$(T)/python bench/emoji.py --data runs/demo/data --cache minilm=runs/demo/cache
 
-bench-cache: setup  ## reading, writing and opening caches (half an hour, 30 GB of disk)
+bench-cache: setup  ## reading, writing and opening caches (half an hour, 8 GB of disk)
 	$(E)/python bench/cache.py --out runs/bench-cache.json
 
 bench-encodings: demo  ## what each encoding costs in neighbours, on the demo's captions
