@@ -142,7 +142,7 @@ class LiveTier:
         self._write_turn = threading.Lock()
         self._gate = threading.Condition()
         self._readers = 0
-        self._suspect = self._closed = False
+        self._suspect = self._closed = self._unsynced = False
         self._checker: int | None = None
         self._leaving: tuple[set[int], set[int]] = (set(), set())
         if not (path / "data.mdb").exists():
@@ -174,7 +174,8 @@ class LiveTier:
                 files.share_with_group(temporary)
                 if self.path.is_dir():  # emptied by hand
                     (self.path / "lock.mdb").unlink(missing_ok=True)
-                temporary.rename(self.path)  # as durable as the witness, which is written beside it next
+                temporary.rename(self.path)
+                files.sync_directory(self.path.parent)  # before live.json says that it is here
             finally:
                 shutil.rmtree(temporary, ignore_errors=True)
 
@@ -322,6 +323,12 @@ class LiveTier:
         """A durable transaction; the next one after a failure begins with a check of what the disk holds."""
         with self._write_turn:
             self._require_sound()
+            if self._unsynced:
+                # What failed may be in the file, unsynced, and newer than what LMDB has gone back to. It must not
+                # come out of a power loss after this transaction has written over its pages.
+                with lmdb_errors(self.path):
+                    self._env.sync(True)
+                self._unsynced = False
             self._leaving = (set(), set())
             try:
                 with lmdb_errors(self.path), self._env.begin(write=True) as txn:
@@ -349,10 +356,7 @@ class LiveTier:
             with contextlib.suppress(OSError):
                 _forget_pages(self.path / "data.mdb")
             self._open(self.path)
-            # What failed may be in the file, unsynced, and newer than what LMDB has gone back to. It must not come
-            # out of a power loss after the next transaction has written over its pages.
-            with lmdb_errors(self.path):
-                self._env.sync(True)
+            self._unsynced = True
         # A failed commit may have reached the disk all the same: what it dropped is gone then.
         dropped_batches, dropped_segments = self._leaving
         missing = set(self._registered) - set(self.registry()) - dropped_segments
