@@ -19,7 +19,7 @@ setup:  ## make both environments, .venv/embedder and .venv/trainer (once)
 demo: setup  ## the whole pipeline on 3,584 emoji and their names, ending with runs/demo/report.html
 	@$(T)/python scripts/demo.py
 
-test: lint test-fast test-tools test-service test-e2e torture-short  ## everything that CI runs: lint, types, all tests
+test: lint test-fast test-tools test-service test-e2e  ## everything that CI runs: lint, types, all tests
 
 test-fast: setup  ## the tests that need no engine and no server (under a minute)
 	@$(MAKE) --no-print-directory -j2 --output-sync=target fast-embedder fast-trainer
@@ -31,7 +31,7 @@ fast-trainer:
 	$(T)/pytest -q tests/unit/trainer tests/unit/data tests/unit/report
 
 test-tools: setup  ## what lift-cache does with real caches: convert, repair, plan, move (two minutes)
-	$(E)/pytest -q --durations=5 tests/tools
+	$(E)/pytest -q --durations=5 tests/tools tests/torture/test_disk.py
 
 test-service: setup  ## the real vLLM engine, a real server, kill -9 and full disks
 	$(E)/pytest -q --durations=5 tests/crash tests/service
