@@ -50,7 +50,7 @@ import lift_cache.reader
 from lift_cache.bulk import BulkWriter
 from lift_cache.encoding import Encoding
 from lift_cache.errors import BadConfig, LiftError
-from lift_cache.files import write_atomic
+from lift_cache.files import make_directory, write_atomic
 from lift_cache.flatmap import FlatMap
 from lift_cache.keys import caption_keys, sort_order
 from lift_cache.reader import CacheReader
@@ -919,6 +919,8 @@ def main(
     unknown = [name for name in only if name not in PARTS]
     if unknown:
         raise BadConfig(f"--only {unknown[0]}: no such part; there are {', '.join(PARTS)}")
+    if out is not None:
+        make_directory(out.parent)  # not after half an hour
     report: Record = {"machine": _machine(), "quick": quick, "load": {}, "seconds": {}, "tables": {}}
     with tempfile.TemporaryDirectory(dir=work, prefix="bench-cache-") as scratch:
         for name in only:
