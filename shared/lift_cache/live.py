@@ -28,7 +28,7 @@ import struct
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import lmdb
@@ -288,6 +288,11 @@ class LiveTier:
             self._gate.wait_for(lambda: not self._readers)
             self._env.close()
 
+    @property
+    def sound(self) -> bool:
+        """Whether a read begins at once; otherwise it waits until the environment was opened again and compared."""
+        return not self._suspect
+
     @contextlib.contextmanager
     def _reading(self) -> Iterator[None]:
         """Keep the environment open; never inside another, since reopening waits for all to end."""
@@ -395,7 +400,9 @@ class LiveTier:
         locations[found] = np.frombuffer(values, LOCATION_DTYPE)
         return found, locations
 
-    def fresh_rows(self, batch: int, rows: np.ndarray | None = None) -> StoredRows | None:
+    def fresh_rows(
+        self, batch: int, rows: np.ndarray | None = None, *, captions: bool = True
+    ) -> StoredRows | None:
         """Rows of one committed batch (int64 [n]; all of them by default), copied out of the map.
 
         Returns None when the batch has been sealed in the meantime.
@@ -404,6 +411,8 @@ class LiveTier:
             if value is None:
                 return None
             whole = self._decode(value, batch)
+            if not captions:
+                whole = replace(whole, captions=None)
             try:
                 return whole.take(np.arange(len(whole)) if rows is None else rows)
             except IndexError:

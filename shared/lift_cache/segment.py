@@ -618,6 +618,8 @@ class Segment:
         return self._gather(self._columns[name], rows)
 
     def _truncated(self, rows: np.ndarray) -> np.ndarray:
+        if len(self._batches) == 1:
+            return flag_values(self._batches[0].column("truncated"), rows)
         out = np.empty(len(rows), bool)
         batch_of = rows // self.batch_rows
         for b in np.unique(batch_of).tolist():

@@ -263,6 +263,11 @@ class CacheWriter:
         """Distinct captions in the cache."""
         return self._live.rows()
 
+    @property
+    def sound(self) -> bool:
+        """Whether a read answers at once: False after a failed write, until what the disk holds was compared."""
+        return self._live.sound
+
     def contains(self, keys: np.ndarray) -> np.ndarray:
         """Which of the keys (uint8 [n, 16]) are in the cache: bool [n]."""
         return self._live.locations(keys)[0]
@@ -277,39 +282,91 @@ class CacheWriter:
         stored = np.zeros((n, self.encoding.dimensions), self.encoding.numpy_dtype)
         tokens, truncated = np.zeros(n, np.int32), np.zeros(n, bool)
         found, locations = self._live.locations(keys)
-        pending = found.copy()
-        while pending.any():
-            for batch in np.unique(locations["batch"][pending & (locations["segment"] == 0)]).tolist():
-                here = pending & (locations["segment"] == 0) & (locations["batch"] == batch)
-                rows = self._live.fresh_rows(batch, locations["row"][here].astype(np.int64))
-                if rows is None:
+        left = np.flatnonzero(found)
+        while len(left):
+            there = locations[left]
+            segment, row = there["segment"], there["row"].astype(np.int64)
+            done = np.zeros(len(left), bool)
+            for number in _distinct(segment):
+                of_this = segment == number
+                if number:
+                    done |= self._get_sealed(number, keys, left, row, of_this, (stored, tokens, truncated))
                     continue
-                self._require(rows, keys[here], batch)
-                stored[here], tokens[here], truncated[here] = rows.vectors, rows.tokens, rows.truncated
-                pending &= ~here
-            for number in np.unique(locations["segment"][pending & (locations["segment"] != 0)]).tolist():
-                segment = self._opened.get(number)
-                if segment is None:
-                    continue
-                here = pending & (locations["segment"] == number)
-                where = locations["row"][here].astype(np.int64)
-                if where.max() >= segment.rows:
-                    raise CacheDamaged(
-                        f"{self.path / 'live'} points beyond {segment.path}; run `lift-cache verify`"
-                    )
-                stored[here] = segment.gather(keys[here], where, check=True)
-                tokens[here] = segment.column("tokens", where)
-                truncated[here] = segment.column("truncated", where)
-                pending &= ~here
-            if pending.any():
-                # Sealed or compacted between the two looks: ask again where the rows are now.
-                before = locations[pending]
-                locations[pending] = self._live.locations(keys[pending])[1]
-                if np.array_equal(before, locations[pending]):
-                    raise CacheDamaged(
-                        f"{self.path / 'live'} points at rows that are not there; run `lift-cache verify`"
-                    )
+                batch = there["batch"]
+                for one in _distinct(batch[of_this]):
+                    of_that = of_this & (batch == one)
+                    done |= self._get_fresh(one, keys, left, row, of_that, (stored, tokens, truncated))
+            if done.all():
+                break
+            # Sealed or compacted between the two looks: ask again where the rows are now.
+            left = left[~done]
+            before, locations[left] = locations[left], self._live.locations(keys[left])[1]
+            if np.array_equal(before, locations[left]):
+                raise CacheDamaged(
+                    f"{self.path / 'live'} points at rows that are not there; run `lift-cache verify`"
+                )
         return Hits(found, self.encoding.decode(stored), tokens, truncated)
+
+    def _get_fresh(
+        self,
+        batch: int,
+        keys: np.ndarray,
+        left: np.ndarray,
+        row: np.ndarray,
+        here: np.ndarray,
+        out: tuple[np.ndarray, np.ndarray, np.ndarray],
+    ) -> np.ndarray | bool:
+        """Rows `row[here]` of a fresh batch into `out` at `left[here]`; False where it has been sealed meanwhile."""
+        rows = self._live.fresh_rows(batch, row[here], captions=False)
+        if rows is None:
+            return False
+        at = left[here]
+        self._require(rows, keys[at], batch)
+        for column, values in zip(out, (rows.vectors, rows.tokens, rows.truncated), strict=True):
+            column[at] = values
+        return here
+
+    def _get_sealed(
+        self,
+        number: int,
+        keys: np.ndarray,
+        left: np.ndarray,
+        row: np.ndarray,
+        here: np.ndarray,
+        out: tuple[np.ndarray, np.ndarray, np.ndarray],
+    ) -> np.ndarray | bool:
+        """As `_get_fresh`, of a sealed segment; False where others have taken its place."""
+        segment = self._opened.get(number)
+        if segment is None:
+            return False
+        at, where = left[here], row[here]
+        if where.max() >= segment.rows:
+            raise CacheDamaged(f"{self.path / 'live'} points beyond {segment.path}; run `lift-cache verify`")
+        values = (
+            segment.gather(keys[at], where, check=True),
+            segment.column("tokens", where),
+            segment.column("truncated", where),
+        )
+        for column, some in zip(out, values, strict=True):
+            column[at] = some
+        return here
+
+    def fresh_rows(self) -> Iterator[StoredRows]:
+        """Rows that are not sealed yet, batch by batch, the newest first, every byte verified.
+
+        What is sealed meanwhile is left out: `segments`, when it is asked afterwards, has it.
+
+        Raises:
+            CacheDamaged: bytes that are not those that were acknowledged.
+        """
+        for number in reversed(self._live.fresh_numbers()):
+            rows = self._live.require_fresh(number)
+            if rows is not None:
+                yield rows
+
+    def segments(self) -> list[Segment]:
+        """The sealed segments that the cache consists of now, open; some captions may be in two of them."""
+        return list(self._opened.values())
 
     def stats(self) -> CacheStats:
         """Counts of what is stored."""
@@ -827,6 +884,13 @@ class CacheWriter:
         for path in paths:
             with contextlib.suppress(FileNotFoundError):
                 files.put_aside(self.path, path)
+
+
+def _distinct(numbers: np.ndarray) -> list[int]:
+    """The values in a column; mostly it is one, and sorting to find that out is what a single hit would wait for."""
+    if len(numbers) and (numbers == numbers[0]).all():
+        return [int(numbers[0])]
+    return np.unique(numbers).tolist()
 
 
 def _is_cache(path: Path) -> bool:

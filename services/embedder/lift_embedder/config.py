@@ -5,7 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, NonNegativeInt, PositiveInt
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+)
 
 from lift_embedder.engines import EngineKind
 from lift_embedder.recipes import RecipeOptions
@@ -23,17 +31,41 @@ class ServeConfig(RecipeOptions):
     trust_remote_code: bool = False
     "Run Python code from the model's repository."
     engine: EngineKind = "auto"
-    "What computes: vLLM, transformers, or vLLM where it loads."
+    "What computes: vLLM, transformers, vLLM where it loads, or `openai`: an existing /v1/embeddings fleet."
     host: str = "127.0.0.1"
-    "Address to listen on."
+    "Address to listen on; beyond this machine only with keys."
     port: int = Field(8080, ge=0, le=65535)
     "Port to listen on; 0 takes a free one and logs it."
     store: Literal["float16", "float32"] | None = None
     "How a new cache stores vectors; float16 unless said."
+    keys_file: Path | None = None
+    "File of API keys, a line `NAME SCOPE KEY` each (scopes: read, embed, admin); or such lines in LIFT_KEYS."
+    insecure: bool = False
+    "Listen beyond this machine without keys."
+    allowed_hosts: tuple[str, ...] = ()
+    "Further names under which clients may address this server."
     batch_tokens: PositiveInt = 8192
     "Tokens per engine batch, which is also one durable commit."
+    batch_seconds: PositiveFloat = 300.0
+    "An engine that takes longer for a batch is taken to hang, and replaced."
     queue_tokens: PositiveInt = 1_048_576
-    "Tokens that may wait for the engine; beyond it requests get 503 with Retry-After."
+    "Tokens that may wait for the engine; beyond it requests get 429 with Retry-After."
+    queue_mib: PositiveInt = 256
+    "MiB that waiting captions may take; likewise."
+    most_inputs: PositiveInt = Field(2048, le=65_536)
+    "Captions per request."
+    most_body_mib: PositiveInt = 32
+    "MiB per request body, after decoding."
+    buffer_mib: PositiveInt = 512
+    "MiB of request bodies held at a time; beyond it requests get 503 with Retry-After."
+    drain_seconds: PositiveFloat = 30.0
+    "At SIGTERM, how long requests that are under way may take to their end."
+    upstream: tuple[str, ...] = ()
+    "With `--engine openai`: URLs of the servers that compute."
+    upstream_model: str | None = None
+    "What they call the model; asked of them when not given."
+    upstream_key_file: Path | None = None
+    "File with their API key; or LIFT_UPSTREAM_KEY."
 
 
 class FillConfig(BaseModel):

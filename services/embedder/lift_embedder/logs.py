@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import sys
+import traceback
+from contextvars import ContextVar
 from datetime import UTC, datetime
 
 STANDARD = frozenset(vars(logging.makeLogRecord({}))) | {
@@ -15,9 +17,18 @@ STANDARD = frozenset(vars(logging.makeLogRecord({}))) | {
     "vllm_process_name",
 }
 
+request_id: ContextVar[str | None] = ContextVar("request_id", default=None)
+"""Of the request that runs here; asyncio hands it on to tasks and threads that a request starts."""
+
+_encode = json.JSONEncoder(default=str).encode
+
 
 class JsonFormatter(logging.Formatter):
-    """Time, level, logger, message, and whatever was passed as `extra`."""
+    """Time, level, logger, message, `request` while one runs, and whatever was passed as `extra`.
+
+    While a request runs, a traceback has its frames and the types of its exceptions and not what these say:
+    libraries quote in their messages what they stumbled over, and here that is a caption.
+    """
 
     def format(self, record: logging.LogRecord) -> str:
         entry: dict[str, object] = {
@@ -26,10 +37,31 @@ class JsonFormatter(logging.Formatter):
             "logger": record.name,
             "message": record.getMessage(),
         }
+        request = request_id.get()
+        if request is not None:
+            entry["request"] = request
         entry |= {name: value for name, value in vars(record).items() if name not in STANDARD}
-        if record.exc_info:
-            entry["exception"] = self.formatException(record.exc_info)
-        return json.dumps(entry, default=str)
+        if record.exc_info and record.exc_info[1] is not None:
+            full = request is None
+            entry["exception"] = (
+                self.formatException(record.exc_info) if full else _without_words(record.exc_info[1])
+            )
+        return _encode(entry)
+
+
+def _without_words(error: BaseException) -> str:
+    """A traceback in which exceptions say their type alone, causes first."""
+    chain: list[BaseException] = []
+    at: BaseException | None = error
+    while at is not None and at not in chain:
+        chain.append(at)
+        at = at.__cause__ or (None if at.__suppress_context__ else at.__context__)
+    parts = []
+    for one in reversed(chain):
+        kind = type(one)
+        frames = "".join(traceback.format_tb(one.__traceback__))
+        parts.append(f"{frames}{kind.__module__}.{kind.__qualname__}")
+    return "\n".join(parts)
 
 
 def configure(level: str = "INFO") -> None:

@@ -1,7 +1,7 @@
 """The way of a caption: key → cache → coalesce → queue → engine → put → acknowledge.
 
-    embed      answers hits from the cache; misses join the queue, or the computation already under way
-    _workers   take batches by tokens: engine, then one durable commit per batch, then the answers
+    embed      answers hits from the cache; misses join the computation that is under way, or the queue
+    _workers   take batches: engine, then one durable commit per batch, then the answers
 
 A vector is read back from the cache after it was committed, so a miss and every later hit are the same bits.
 """
@@ -9,35 +9,30 @@ A vector is read back from the cache after it was committed, so a miss and every
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
 import time
-from collections import deque
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
 from lift_cache.errors import BadCaption, EngineUnavailable, LiftError, VectorRejected
-from lift_cache.keys import caption_keys, normalise
-from lift_cache.writer import CacheWriter, Rows
+from lift_cache.keys import keyed
+from lift_cache.writer import CacheWriter, Hits, Rows
 from lift_embedder.metrics import Metrics
+from lift_embedder.queue import Computed, Queue, Wanted
 from lift_embedder.supervisor import Supervisor
-from lift_embedder.tokens import CaptionTokenizer, Tokens
+from lift_embedder.tokens import NO_TOKEN, CaptionTokenizer, Tokens
 
 log = logging.getLogger(__name__)
 
 WORKERS = 2
 """Batches under way: the engine need not wait while the one before is committed."""
 
-BATCH_ROWS = 512
 
-
-class QueueFull(LiftError):
-    """More tokens wait for the engine than the server accepts."""
-
-    def __init__(self, message: str, retry_after: float) -> None:
-        super().__init__(message)
-        self.retry_after = retry_after
+FEW = 8
+"""Rows that are looked up on the event loop: handing one hit to a thread and back takes longer than reading it."""
 
 
 class BadRow(LiftError):
@@ -50,31 +45,16 @@ class BadRow(LiftError):
 
 @dataclass(frozen=True)
 class Answer:
-    """vectors float32 [n, d] as stored · cached bool [n] · tokens int32 [n] · truncated bool [n]."""
+    """vectors float32 [n, d] as stored · cached bool [n] · tokens int32 [n] · truncated bool [n].
+
+    `errors` has what is wrong with single rows, by position; these hold zeros.
+    """
 
     vectors: np.ndarray
     cached: np.ndarray
     tokens: np.ndarray
     truncated: np.ndarray
-
-
-@dataclass(frozen=True)
-class Computed:
-    """One row, durable and as it will be read from now on."""
-
-    vector: np.ndarray
-    tokens: int
-    truncated: bool
-
-
-@dataclass(frozen=True)
-class Wanted:
-    """A caption on its way through the engine."""
-
-    key: bytes
-    caption: str
-    tokens: Tokens
-    done: asyncio.Future[Computed]
+    errors: dict[int, LiftError] = field(default_factory=dict)
 
 
 class EmbeddingPath:
@@ -86,17 +66,15 @@ class EmbeddingPath:
         tokenizer: CaptionTokenizer,
         engine: Supervisor,
         metrics: Metrics,
-        *,
-        queue_tokens: int,
-        batch_tokens: int,
+        queue: Queue,
     ) -> None:
-        self.cache, self._tokenizer, self.engine, self._metrics = cache, tokenizer, engine, metrics
-        self._queue_limit, self._batch_tokens = queue_tokens, batch_tokens
-        self._queue: deque[Wanted] = deque()
-        self._in_flight: dict[bytes, asyncio.Future[Computed]] = {}
-        self._waiting_tokens = 0
-        self._tokens_per_second = 0.0
-        self._work = asyncio.Event()
+        self.cache, self.tokenizer, self.engine, self.queue = cache, tokenizer, engine, queue
+        self._metrics = metrics
+        metrics.queue_tokens.set_function(lambda: queue.tokens)
+        metrics.queue_rows.set_function(lambda: queue.rows)
+        metrics.queue_bytes.set_function(lambda: queue.bytes)
+        self._in_flight: dict[bytes, Wanted] = {}
+        self._numbers = itertools.count()
         self._workers: list[asyncio.Task[None]] = []
         self._closing = False
 
@@ -111,78 +89,139 @@ class EmbeddingPath:
         for worker in self._workers:
             worker.cancel()
         await asyncio.gather(*self._workers, return_exceptions=True)
-        _fail(self._queue, EngineUnavailable("the server is stopping"))
+        _fail(self.queue.drain(), EngineUnavailable("the server is stopping"))
         await self.engine.aclose()
 
-    async def embed(self, captions: Sequence[object]) -> Answer:
-        """Vectors of n captions, durable when this returns.
+    async def embed(self, captions: Sequence[object], *, bulk: bool = False, each: bool = False) -> Answer:
+        """Vectors of n captions, durable when this returns. Cancelled, it gives its place in the queue back.
+
+        Args:
+            bulk: others may go first.
+            each: a row that cannot be embedded gets its own error, in `Answer.errors`; otherwise all or nothing.
 
         Raises:
             BadRow: a caption that cannot be embedded, or whose vector cannot be stored.
             QueueFull, EngineUnavailable: misses cannot be computed now; hits alone still can.
-            CacheFull, CacheDamaged.
+            CacheFull, StorageFailed, CacheDamaged.
         """
-        texts = [_normalised(i, caption) for i, caption in enumerate(captions)]
-        keys = caption_keys(texts)
-        hits = await asyncio.to_thread(self.cache.get, keys)
-        missing = np.flatnonzero(~hits.found).tolist()
-        self._metrics.captions.labels("hit").inc(len(texts) - len(missing))
-        if missing:
-            futures = await self._request({keys[i].tobytes(): (i, texts[i]) for i in reversed(missing)})
-            await asyncio.wait(
-                futures.values()
-            )  # unlike gather, leaves them alone when this caller goes away
-            for i in missing:
-                row = _result(i, futures[keys[i].tobytes()])
-                hits.vectors[i], hits.tokens[i], hits.truncated[i] = row.vector, row.tokens, row.truncated
-        return Answer(hits.vectors, hits.found, hits.tokens, hits.truncated)
+        texts, keys, unusable = keyed(captions)
+        errors: dict[int, LiftError] = {i: BadCaption(reason) for i, reason in unusable.items()}
+        _require_good(errors, each)
+        hits = await self._hits(keys)
+        self._metrics.captions.labels("hit").inc(int(hits.found.sum()))
+        answer = Answer(hits.vectors, hits.found, hits.tokens, hits.truncated, errors)
+        missing = [i for i in np.flatnonzero(~hits.found).tolist() if i not in errors]
+        if not missing:
+            return answer
+        names = {i: keys[i].tobytes() for i in missing}
+        rows: dict[bytes, Wanted] = {}
+        try:
+            wordless = await self._join({names[i]: texts[i] for i in missing}, rows, bulk=bulk)
+            errors |= {i: BadCaption(NO_TOKEN) for i in missing if names[i] in wordless}
+            _require_good(errors, each)
+            if rows:
+                # Unlike gather, this leaves the futures alone when the caller goes away.
+                await asyncio.wait([row.done for row in rows.values()])
+        finally:
+            for row in rows.values():
+                self._leave(row)
+        for i in missing:
+            if i not in errors:
+                _enter(answer, i, rows[names[i]])
+        _require_good(errors, each)
+        return answer
 
-    async def _request(self, wanted: dict[bytes, tuple[int, str]]) -> dict[bytes, asyncio.Future[Computed]]:
-        """Futures of distinct missing captions (key → position, text): joined where under way, queued otherwise."""
+    async def embed_tokens(self, inputs: Sequence[list[int]], *, bulk: bool = False) -> Answer:
+        """Vectors of n token sequences as they stand: computed, checked, never cached.
+
+        Raises:
+            BadRow: a sequence that the model does not take, or a vector that cannot be vouched for.
+            QueueFull, EngineUnavailable.
+        """
+        most = self.tokenizer.recipe.max_tokens
+        for i, ids in enumerate(inputs):
+            if not 1 <= len(ids) <= most:
+                raise BadRow(i, BadCaption(f"{len(ids)} tokens; this model takes 1 to {most}"))
+            if not all(0 <= token < self.tokenizer.vocabulary for token in ids):
+                raise BadRow(i, BadCaption(f"token ids go from 0 to {self.tokenizer.vocabulary - 1}"))
         self.engine.require()
-        joined = {key: self._in_flight[key] for key in wanted if key in self._in_flight}
-        new = [(key, *row) for key, row in wanted.items() if key not in joined]
-        tokens = await asyncio.to_thread(self._tokenize, [(i, text) for _, i, text in new])
+        rows = [
+            self._wanted(b"ids-%d" % next(self._numbers), None, Tokens(ids, False), bulk) for ids in inputs
+        ]
+        self._add(rows, rows)
+        try:
+            await asyncio.wait([row.done for row in rows])
+        finally:
+            for row in rows:
+                self._leave(row)
+        n = len(rows)
+        vectors = np.zeros((n, self.cache.recipe.dimensions), np.float32)
+        answer = Answer(vectors, np.zeros(n, bool), np.zeros(n, np.int32), np.zeros(n, bool))
+        for i, row in enumerate(rows):
+            _enter(answer, i, row)
+        _require_good(answer.errors, each=False)
+        return answer
+
+    async def _hits(self, keys: np.ndarray) -> Hits:
+        if len(keys) <= FEW and self.cache.sound:
+            return self.cache.get(keys)
+        return await asyncio.to_thread(self.cache.get, keys)
+
+    async def _join(
+        self, wanted: dict[bytes, str], rows: dict[bytes, Wanted], *, bulk: bool
+    ) -> frozenset[bytes]:
+        """Have distinct missing captions (key → text) computed; `rows` gets what is to be waited for, and left.
+
+        Returns:
+            The keys of captions without a token.
+        """
+        self.engine.require()
+        for key in wanted:
+            if key in self._in_flight:
+                rows[key] = self._take_part(self._in_flight[key], bulk)
+        new = [key for key in wanted if key not in rows]
+        self._metrics.captions.labels("coalesced").inc(len(rows))
+        if not new:
+            return frozenset()
+        self.queue.require_room(len(new), 0, bulk=bulk)  # before work is spent on what will be refused
+        tokens = await asyncio.to_thread(self.tokenizer.each, [wanted[key] for key in new])
         # Nothing else runs from here to the end. What another request queued meanwhile is joined; what one
         # finished meanwhile is found in the cache by the worker.
-        queue: list[Wanted] = []
-        for (key, _, text), ids in zip(new, tokens, strict=True):
-            if key not in self._in_flight:
-                queue.append(Wanted(key, text, ids, asyncio.get_running_loop().create_future()))
-        self._admit(sum(len(row.tokens.ids) for row in queue))
-        self._queue.extend(queue)
-        self._in_flight.update({row.key: row.done for row in queue})
-        joined.update({key: self._in_flight[key] for key, _, _ in new})
-        self._metrics.captions.labels("miss").inc(len(queue))
-        self._metrics.captions.labels("coalesced").inc(len(wanted) - len(queue))
-        self._work.set()
-        return joined
+        here, queued = [], []
+        wordless = set()
+        for key, found in zip(new, tokens, strict=True):
+            if key in self._in_flight:
+                here.append(self._in_flight[key])
+            elif found is None:
+                wordless.add(key)
+            else:
+                queued.append(self._wanted(key, wanted[key], found, bulk))
+        self._add(queued, [*here, *queued])
+        rows |= {row.key: row for row in (*here, *queued)}
+        self._metrics.captions.labels("miss").inc(len(queued))
+        self._metrics.captions.labels("coalesced").inc(len(here))
+        return frozenset(wordless)
 
-    def _tokenize(self, rows: Sequence[tuple[int, str]]) -> list[Tokens]:
-        try:
-            return self._tokenizer([text for _, text in rows]) if rows else []
-        except BadCaption:
-            for i, text in rows:
-                try:
-                    self._tokenizer([text])
-                except BadCaption as error:
-                    raise BadRow(i, error) from None
-            raise
+    def _wanted(self, key: bytes, caption: str | None, tokens: Tokens, bulk: bool) -> Wanted:
+        return Wanted(key, caption, tokens, asyncio.get_running_loop().create_future(), bulk)
 
-    def _admit(self, tokens: int) -> None:
-        """Reserve room in the queue. A request larger than the whole queue is taken when nothing waits."""
-        if self._waiting_tokens and self._waiting_tokens + tokens > self._queue_limit:
-            seconds = self._waiting_tokens / self._tokens_per_second if self._tokens_per_second else 1.0
-            raise QueueFull(
-                f"{self._waiting_tokens} tokens are waiting for the engine and {tokens} more would exceed "
-                f"{self._queue_limit}; try again later",
-                retry_after=min(max(seconds, 1.0), 60.0),
-            )
-        self._waiting(tokens)
+    def _add(self, queued: Sequence[Wanted], wanted: Sequence[Wanted]) -> None:
+        """Queue some rows, and take part in all that are wanted; all or, with QueueFull, none."""
+        self.queue.add(queued)
+        self._in_flight.update({row.key: row for row in queued})
+        for row in wanted:
+            self._take_part(row, row.bulk)
 
-    def _waiting(self, change: int) -> None:
-        self._waiting_tokens += change
-        self._metrics.queue_tokens.set(self._waiting_tokens)
+    def _take_part(self, row: Wanted, bulk: bool) -> Wanted:
+        row.waiters += 1
+        if not bulk:
+            self.queue.hurry(row)
+        return row
+
+    def _leave(self, row: Wanted) -> None:
+        row.waiters -= 1
+        if not row.waiters and not row.done.done() and self.queue.leave(row):
+            del self._in_flight[row.key]
 
     def _add_worker(self) -> None:
         worker = asyncio.create_task(self._worker(), name="batches")
@@ -199,10 +238,7 @@ class EmbeddingPath:
 
     async def _worker(self) -> None:
         while True:
-            while not self._queue:
-                self._work.clear()
-                await self._work.wait()
-            batch = self._next_batch()
+            batch = await self.queue.batch()
             try:
                 await self._compute(batch)
             except LiftError as error:
@@ -219,17 +255,7 @@ class EmbeddingPath:
                 _fail(batch, EngineUnavailable("the server is stopping"))  # those that have no answer yet
                 for row in batch:
                     del self._in_flight[row.key]
-                self._waiting(-sum(len(row.tokens.ids) for row in batch))
-
-    def _next_batch(self) -> list[Wanted]:
-        batch = [self._queue.popleft()]
-        tokens = len(batch[0].tokens.ids)
-        while self._queue and len(batch) < BATCH_ROWS:
-            tokens += len(self._queue[0].tokens.ids)
-            if tokens > self._batch_tokens:
-                break
-            batch.append(self._queue.popleft())
-        return batch
+                self.queue.finish(batch)
 
     async def _compute(self, batch: list[Wanted]) -> None:
         """Engine, one durable commit, answers."""
@@ -241,57 +267,72 @@ class EmbeddingPath:
         embedded = time.perf_counter()
         if vectors.shape != (len(batch), self.cache.recipe.dimensions):
             raise VectorRejected(f"the engine gave vectors of shape {vectors.shape}; nothing was stored")
+        tokens = sum(len(row.tokens.ids) for row in batch)
+        self._metrics.embedded_tokens.inc(tokens)
+        self._metrics.batch_tokens.observe(tokens)
+        self._metrics.batch_rows.observe(len(batch))
+        self._metrics.engine_seconds.observe(embedded - began)
+        bare = [i for i, row in enumerate(batch) if row.caption is None]
+        for i in bare:
+            _answer_bare(batch[i], vectors[i])
+        if len(bare) == len(batch):
+            return
+        if bare:
+            kept = [i for i, row in enumerate(batch) if row.caption is not None]
+            batch, vectors = [batch[i] for i in kept], vectors[kept]
+        await self._store(batch, vectors)
+        self._metrics.commit_seconds.observe(time.perf_counter() - embedded)
+
+    async def _store(self, batch: list[Wanted], vectors: np.ndarray) -> None:
         rows = Rows(
-            [row.caption for row in batch],
+            [row.caption or "" for row in batch],
             vectors,
             np.array([len(row.tokens.ids) for row in batch], np.int32),
             np.array([row.tokens.truncated for row in batch], bool),
         )
         result = await asyncio.to_thread(self.cache.put, rows)
-        committed = time.perf_counter()
         for i, reason in result.rejected.items():
             _fail([batch[i]], VectorRejected(f"the model gives this caption no usable vector: {reason}"))
         await self._answer_stored([row for i, row in enumerate(batch) if i not in result.rejected])
-        self._measure(rows, len(result.rejected), embedded - began, committed - embedded)
+        self._metrics.truncated.inc(int(rows.truncated.sum()))
+        self._metrics.rejected.inc(len(result.rejected))
 
     async def _answer_stored(self, batch: list[Wanted]) -> list[Wanted]:
         """Answer the rows that are in the cache, from the cache; returns the others."""
-        if not batch:
-            return []
-        keys = np.frombuffer(b"".join(row.key for row in batch), np.uint8).reshape(len(batch), -1)
+        stored = [row for row in batch if row.caption is not None]
+        if not stored:
+            return batch
+        keys = np.frombuffer(b"".join(row.key for row in stored), np.uint8).reshape(len(stored), -1)
         hits = await asyncio.to_thread(self.cache.get, keys)
         for i in np.flatnonzero(hits.found).tolist():
-            if not batch[i].done.done():
+            if not stored[i].done.done():
                 computed = Computed(hits.vectors[i], int(hits.tokens[i]), bool(hits.truncated[i]))
-                batch[i].done.set_result(computed)
-        return [row for i, row in enumerate(batch) if not hits.found[i]]
-
-    def _measure(self, rows: Rows, rejected: int, engine_seconds: float, commit_seconds: float) -> None:
-        tokens = int(rows.tokens.sum())
-        rate = tokens / engine_seconds
-        self._tokens_per_second = (
-            0.7 * self._tokens_per_second + 0.3 * rate if self._tokens_per_second else rate
-        )
-        self._metrics.embedded_tokens.inc(tokens)
-        self._metrics.truncated.inc(int(rows.truncated.sum()))
-        self._metrics.rejected.inc(rejected)
-        self._metrics.batch_rows.observe(len(rows.captions))
-        self._metrics.engine_seconds.observe(engine_seconds)
-        self._metrics.commit_seconds.observe(commit_seconds)
+                stored[i].done.set_result(computed)
+        return [row for row in batch if not row.done.done()]
 
 
-def _normalised(index: int, caption: object) -> str:
+def _answer_bare(row: Wanted, vector: np.ndarray) -> None:
+    """Answer token ids with what the engine made of them, if that is a vector."""
+    if not np.isfinite(vector).all() or not vector.any():
+        _fail([row], VectorRejected("the model gives these tokens no usable vector"))
+    elif not row.done.done():
+        row.done.set_result(Computed(vector, len(row.tokens.ids), False))
+
+
+def _require_good(errors: dict[int, LiftError], each: bool) -> None:
+    if errors and not each:
+        first = min(errors)
+        raise BadRow(first, errors[first])
+
+
+def _enter(answer: Answer, i: int, row: Wanted) -> None:
+    """Copy the outcome of a row into an answer. Raises what concerns more than this row."""
     try:
-        return normalise(caption)
-    except BadCaption as error:
-        raise BadRow(index, error) from None
-
-
-def _result(index: int, future: asyncio.Future[Computed]) -> Computed:
-    try:
-        return future.result()
+        found = row.done.result()
     except VectorRejected as error:
-        raise BadRow(index, error) from None
+        answer.errors[i] = error
+        return
+    answer.vectors[i], answer.tokens[i], answer.truncated[i] = found.vector, found.tokens, found.truncated
 
 
 def _fail(batch: Iterable[Wanted], error: LiftError) -> None:

@@ -12,7 +12,8 @@ for every model below means no instruction. Sources are the models' own cards an
   scheme, with an end token from the tokenizer itself.
 - `qwen3-embedding`: Qwen/Qwen3-Embedding-8B and arXiv 2506.05176 §2: last-token state; the tokenizer's
   template closes every text with <|endoftext|>, which is not its `eos_token` (QwenLM/Qwen3-Embedding#122,
-  ggml-org/llama.cpp#14314); documents carry no instruction; 8,192 tokens as in the card's examples.
+  ggml-org/llama.cpp#14314); documents carry no instruction; 8,192 tokens as in the card's examples; trained so
+  that a vector can be cut to 32 dimensions and more.
 - `nv-embed-v2`: nvidia/NV-Embed-v2 and arXiv 2405.17428: latent-attention pooling in the model's own code,
   bidirectional; passages carry no instruction; its code always appends an end token.
 - `mistral` (mistralai/Mistral-7B-v0.1) and `vicuna` (lmsys/vicuna-7b-v1.5): raw decoders, read at an end token.
@@ -53,6 +54,8 @@ class NamedRecipe:
     template: str = "{caption}"
     remote_code: bool = False
     quantization: str | None = None
+    shorter: bool = False
+    "The first dimensions of a vector are a vector themselves (Matryoshka)."
 
 
 NAMED: dict[str, NamedRecipe] = {
@@ -65,7 +68,9 @@ NAMED: dict[str, NamedRecipe] = {
         NamedRecipe("e5-mistral", "intfloat/e5-mistral-7b-instruct", "float16", "last", True, 4096),
         NamedRecipe("linq", "Linq-AI-Research/Linq-Embed-Mistral", "float16", "last", True, 4096),
         NamedRecipe("sfr", "Salesforce/SFR-Embedding-Mistral", "float16", "last", True, 4096),
-        NamedRecipe("qwen3-embedding", "Qwen/Qwen3-Embedding-8B", "bfloat16", "last", True, 8192),
+        NamedRecipe(
+            "qwen3-embedding", "Qwen/Qwen3-Embedding-8B", "bfloat16", "last", True, 8192, shorter=True
+        ),
         NamedRecipe("nv-embed-v2", "nvidia/NV-Embed-v2", "float16", "model", True, 4096, remote_code=True),
         NamedRecipe("mistral", "mistralai/Mistral-7B-v0.1", "bfloat16", "last", True, 512),
         NamedRecipe("vicuna", "lmsys/vicuna-7b-v1.5", "float16", "last", True, 512),

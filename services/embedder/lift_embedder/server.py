@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
+import os
 import re
 import signal
 import socket
 import sys
+import threading
 from collections.abc import Iterator
+from types import FrameType
 
 import uvicorn
 
@@ -16,19 +20,24 @@ from lift_cache.encoding import Encoding
 from lift_cache.errors import BadConfig, CacheNotFound
 from lift_cache.recipe import Recipe
 from lift_cache.writer import CacheWriter
-from lift_embedder import logs, models
+from lift_embedder import __version__, logs, models
+from lift_embedder.access import ENVIRONMENT, Keys, is_loopback, refuse_open_listening
 from lift_embedder.app import create_app
 from lift_embedder.config import ServeConfig
 from lift_embedder.engines import create_engine, resolve_kind
+from lift_embedder.history import History
 from lift_embedder.metrics import Metrics
 from lift_embedder.path import EmbeddingPath
+from lift_embedder.queue import Queue
 from lift_embedder.recipes import build_recipe
+from lift_embedder.service import Service
 from lift_embedder.supervisor import Supervisor
 from lift_embedder.tokens import CaptionTokenizer
 
 log = logging.getLogger(__name__)
 
-DRAIN_SECONDS = 30
+STOP_SECONDS = 15.0
+"""After draining: closing the engine and the cache. What is acknowledged needs neither."""
 
 
 def serve(config: ServeConfig) -> None:
@@ -39,6 +48,8 @@ def serve(config: ServeConfig) -> None:
     """
     logs.configure()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # until the server takes over: nothing is under way
+    keys = Keys.load(config.keys_file, os.environ.pop(ENVIRONMENT, ""))
+    refuse_open_listening(config.host, keys, config.insecure)
     listener = bind(config.host, config.port)
     model = models.resolve(
         config.model, revision=_revision_of(config), trust_remote_code=config.trust_remote_code
@@ -54,16 +65,32 @@ def serve(config: ServeConfig) -> None:
             tokenizer,
             cache,
             metrics,
+            batch_seconds=config.batch_seconds,
         )
-        path = EmbeddingPath(
-            cache,
-            tokenizer,
-            supervisor,
-            metrics,
-            queue_tokens=config.queue_tokens,
+        queue = Queue(
+            most_tokens=config.queue_tokens,
+            most_bytes=config.queue_mib << 20,
             batch_tokens=config.batch_tokens,
         )
-        app = create_app(path, metrics, names=frozenset({config.model, recipe.model, model.folder.name}))
+        path = EmbeddingPath(cache, tokenizer, supervisor, metrics, queue)
+        service = Service(
+            path,
+            metrics,
+            History(),
+            names=frozenset({config.model, recipe.model, model.folder.name}),
+            shorter=model.named is not None and model.named.shorter,
+            most_inputs=config.most_inputs,
+        )
+        metrics.describe(version=__version__, engine=kind, model=recipe.model, recipe=service.fingerprint)
+        metrics.watch_cache(lambda: cache.rows, service.history.size)
+        app = create_app(
+            service,
+            keys=keys,
+            loopback=is_loopback(config.host),
+            allowed_hosts=config.allowed_hosts,
+            most_body_bytes=config.most_body_mib << 20,
+            buffer_bytes=config.buffer_mib << 20,
+        )
         log.info(
             "listening",
             extra={
@@ -81,10 +108,13 @@ def serve(config: ServeConfig) -> None:
                 app,
                 log_config=None,
                 access_log=False,
-                timeout_graceful_shutdown=DRAIN_SECONDS,
+                timeout_graceful_shutdown=math.ceil(config.drain_seconds),
                 server_header=False,
-            )
+                ws="none",
+            ),
+            limit=config.drain_seconds + STOP_SECONDS,
         ).run(sockets=[listener])
+        service.close()
     log.info("stopped: every acknowledged caption is in the cache", extra={"cache": str(config.cache)})
 
 
@@ -132,8 +162,30 @@ def _revision_of(config: ServeConfig) -> str | None:
 class Server(uvicorn.Server):
     """uvicorn's server, whose clean stop is a success: upstream raises the signal again after draining."""
 
+    def __init__(self, config: uvicorn.Config, *, limit: float) -> None:
+        """
+        Args:
+            limit: seconds from the first signal to the end of the process, at most.
+        """
+        super().__init__(config)
+        self._limit = limit
+
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self.handle_exit)
         yield
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        if not self.should_exit:
+            log.info("stopping: requests under way are answered first", extra={"limit seconds": self._limit})
+            end = threading.Timer(self._limit, _end)
+            end.daemon = True
+            end.start()
+        super().handle_exit(sig, frame)
+
+
+def _end() -> None:
+    """Leave work on the cache where it stands: all of it can be cut off anywhere, and nothing waits for it."""
+    log.warning("stopped at the limit: every acknowledged caption is in the cache, maintenance was cut short")
+    os._exit(0)

@@ -36,8 +36,19 @@ class Supervisor:
     """An engine that callers can treat as always there: it answers, or raises EngineUnavailable at once."""
 
     def __init__(
-        self, create: Callable[[], Engine], tokenizer: CaptionTokenizer, cache: CacheWriter, metrics: Metrics
+        self,
+        create: Callable[[], Engine],
+        tokenizer: CaptionTokenizer,
+        cache: CacheWriter,
+        metrics: Metrics,
+        *,
+        batch_seconds: float = BATCH_SECONDS,
     ) -> None:
+        """
+        Args:
+            batch_seconds: an engine that takes longer for a batch hangs, and is replaced.
+        """
+        self._batch_seconds = batch_seconds
         self._create, self._tokenizer, self._cache, self._metrics = create, tokenizer, cache, metrics
         self._engine: Engine | None = None
         self._failed = asyncio.Event()
@@ -79,11 +90,11 @@ class Supervisor:
         engine = self._engine
         assert engine is not None
         try:
-            async with asyncio.timeout(BATCH_SECONDS):
+            async with asyncio.timeout(self._batch_seconds):
                 return await engine.embed(inputs)
         except TimeoutError:
             self._failed.set()
-            raise EngineUnavailable(f"the engine did not answer within {BATCH_SECONDS:.0f} s") from None
+            raise EngineUnavailable(f"the engine did not answer within {self._batch_seconds:g} s") from None
         except EngineUnavailable:
             self._failed.set()
             raise

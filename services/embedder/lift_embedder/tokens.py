@@ -15,6 +15,8 @@ from typing import Any
 from lift_cache.errors import BadCaption, BadConfig
 from lift_cache.recipe import Recipe
 
+NO_TOKEN = "the tokenizer finds no token in the caption"
+
 
 @dataclass(frozen=True, slots=True)
 class Tokens:
@@ -60,13 +62,21 @@ class CaptionTokenizer:
         self._marked = marked if _encode(marked, [template], split=False)[0] != as_text else None
         self._special = {token for token, added in tokenizer.added_tokens_decoder.items() if added.special}
         self._unknown = (tokenizer.unk_token_id, tokenizer.unk_token)
+        self.vocabulary = len(tokenizer)
 
     def __call__(self, captions: Sequence[str]) -> list[Tokens]:
-        """Token ids of normalised captions, at most `recipe.max_tokens` each.
+        """As `each`, of captions that all have tokens. Raises BadCaption naming the position of one that has none."""
+        rows = []
+        for i, row in enumerate(self.each(captions)):
+            if row is None:
+                raise BadCaption(f"caption {i}: {NO_TOKEN}")
+            rows.append(row)
+        return rows
 
-        Raises:
-            BadCaption: a caption that the tokenizer turns into nothing.
-        """
+    def each(self, captions: Sequence[str]) -> list[Tokens | None]:
+        """Token ids of normalised captions, at most `recipe.max_tokens` each; None where a caption has no token."""
+        if not captions:
+            return []
         texts = [self.recipe.template.replace("{caption}", caption) for caption in captions]
         if self._marked is None:
             rows = _encode(self._tokenizer, texts, split=True)
@@ -106,9 +116,9 @@ class CaptionTokenizer:
             spans += [(at + begin, at + end) for begin, end in where]
         return ids, spans
 
-    def _fit(self, caption: str, ids: list[int], spans: list[tuple[int, int]]) -> Tokens:
+    def _fit(self, caption: str, ids: list[int], spans: list[tuple[int, int]]) -> Tokens | None:
         if not ids:
-            raise BadCaption("the tokenizer finds no token in the caption")
+            return None
         excess = len(ids) - self._room
         if excess > 0:
             ids = self._cut(ids, spans, len(caption), excess)

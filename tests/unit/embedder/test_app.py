@@ -13,12 +13,17 @@ import numpy as np
 import pytest
 from fastapi.testclient import TestClient
 
-from lift_cache import errors
+from lift_cache import errors, wire
+from lift_cache.keys import caption_keys
 from lift_cache.recipe import Recipe
 from lift_cache.writer import CacheWriter
-from lift_embedder.app import MOST_BODY_BYTES, MOST_INPUTS, STATUS, create_app, status_of
+from lift_embedder.answers import STATUS, status_of
+from lift_embedder.app import MOST_BODY_BYTES, create_app
+from lift_embedder.history import History
 from lift_embedder.metrics import Metrics
-from lift_embedder.path import EmbeddingPath, QueueFull
+from lift_embedder.path import EmbeddingPath
+from lift_embedder.queue import Queue, QueueFull
+from lift_embedder.service import MOST_INPUTS, Service
 from lift_embedder.supervisor import Supervisor
 from lift_embedder.tokens import CaptionTokenizer
 
@@ -31,9 +36,11 @@ def http(
     metrics = Metrics()
     with CacheWriter.open(tmp_path / "cache", recipe) as cache:
         supervisor = Supervisor(lambda: faulty_engine, tokenizer, cache, metrics)
-        path = EmbeddingPath(cache, tokenizer, supervisor, metrics, queue_tokens=10_000, batch_tokens=1_000)
-        app = create_app(path, metrics, names=frozenset({"tiny"}))
-        with TestClient(app, raise_server_exceptions=False) as client:
+        queue = Queue(most_tokens=10_000, most_bytes=1 << 24, batch_tokens=1_000)
+        path = EmbeddingPath(cache, tokenizer, supervisor, metrics, queue)
+        service = Service(path, metrics, History(), frozenset({"tiny"}))
+        address = "http://127.0.0.1:8080"
+        with TestClient(create_app(service), address, raise_server_exceptions=False) as client:
             while client.get("/readyz").status_code != 200:
                 time.sleep(0.01)
             yield client
@@ -57,7 +64,10 @@ def test_base64_and_float_say_the_same_numbers(http: TestClient) -> None:
         ({"input": ["a dog", ""]}, 400, "input[1]"),
         ({"input": ["a dog", 7]}, 400, "input[1]"),
         ({"input": []}, 400, "input"),
-        ({"input": ["a dog"] * (MOST_INPUTS + 1)}, 400, "input"),
+        ({"input": ["a dog"] * (MOST_INPUTS + 1)}, 413, None),
+        ({"input": [[3], [10**6]]}, 400, "input[1]"),
+        ({"input": [3, "a dog"]}, 400, "input[0]"),
+        ({"input": [[]]}, 400, "input[0]"),
         ({}, 400, "input"),
         ({"input": "a dog", "encoding_format": "hex"}, 400, "encoding_format"),
         ({"input": "a dog", "model": "another"}, 404, None),
@@ -87,8 +97,9 @@ def test_a_body_beyond_the_limit_is_refused_even_when_it_does_not_say_its_length
         for _ in range(MOST_BODY_BYTES // 2**20 + 2):
             yield b" " * 2**20
 
-    assert http.post("/v1/embeddings", content=b" " * (MOST_BODY_BYTES + 1)).status_code == 413
-    assert http.post("/v1/embeddings", content=chunks()).status_code == 413
+    headers = {"content-type": "application/json"}
+    for content in (b" " * (MOST_BODY_BYTES + 1), chunks()):
+        assert http.post("/v1/embeddings", content=content, headers=headers).status_code == 413
 
 
 def test_every_expected_error_has_a_status_and_the_table_names_only_errors_that_exist() -> None:
@@ -127,7 +138,7 @@ def test_metrics_count_hits_misses_and_errors_by_code(http: TestClient) -> None:
     text = http.get("/metrics").text
     for line in ('lift_captions_total{how="hit"} 1.0', 'lift_captions_total{how="miss"} 2.0'):
         assert line in text
-    assert 'lift_errors_total{code="400"} 1.0' in text
+    assert 'lift_errors_total{code="invalid_caption",status="400"} 1.0' in text
 
 
 def test_logs_hold_no_caption(http: TestClient, caplog: pytest.LogCaptureFixture) -> None:
@@ -136,9 +147,88 @@ def test_logs_hold_no_caption(http: TestClient, caplog: pytest.LogCaptureFixture
     assert caplog.records and not any("secret" in str(vars(record)) for record in caplog.records)
 
 
-@pytest.mark.parametrize("tokens", [[1, 2, 3], [[1, 2, 3]]])
-def test_token_ids_are_refused_with_what_to_change(tokens: Any, http: TestClient) -> None:
-    answer = http.post("/v1/embeddings", json={"input": tokens})
-    error = answer.json()["error"]
-    assert answer.status_code == 400 and error["param"] == "input"
-    assert "send captions as text" in error["message"] and "check_embedding_ctx_length" in error["message"]
+@pytest.mark.parametrize("ids", [[3, 4, 5], [[3, 4, 5]], [[3, 4, 5], [6]]])
+def test_token_ids_are_computed_marked_and_never_cached(ids: Any, http: TestClient) -> None:
+    for _ in range(2):
+        rows = http.post("/v1/embeddings", json={"input": ids}).json()["data"]
+        assert [row["index"] for row in rows] == list(range(len(rows)))
+        assert not any(row["cached"] or row["stored"] for row in rows) and rows[0]["tokens"] == 3
+    assert http.get("/v1/cache").json()["rows"] == 0
+    assert http.post("/v1/embeddings", json={"input": "a dog"}).json()["data"][0]["stored"]
+
+
+ARROW = {"content-type": wire.MIME}
+
+
+def test_arrow_in_and_out_says_of_every_row_what_became_of_it(http: TestClient) -> None:
+    body = wire.encode_request(["a dog", None, "", "a cat", "a dog " * 200])
+    answer = http.post("/v1/embeddings", content=body, headers=ARROW)
+    assert (answer.status_code, answer.headers["content-type"]) == (200, wire.MIME)
+    got, recipe = wire.decode_answer(answer.content)
+    assert sorted(got.errors) == [1, 2] and {e.code for e in got.errors.values()} == {"invalid_caption"}
+    assert got.vectors.dtype == np.float16 and got.truncated.tolist() == [False, False, False, False, True]
+    as_json = http.post("/v1/embeddings", json={"input": ["a dog", "a cat"]}).json()
+    assert recipe == as_json["recipe"] and all(row["cached"] for row in as_json["data"])
+    assert np.array_equal(
+        np.float32([row["embedding"] for row in as_json["data"]]), got.vectors[[0, 3]].astype(np.float32)
+    )
+
+
+def test_json_may_ask_for_arrow_and_arrow_for_json(http: TestClient) -> None:
+    asked = {"input": ["a dog", ""]}
+    answer = http.post("/v1/embeddings", json=asked, headers={"accept": wire.MIME})
+    assert sorted(wire.decode_answer(answer.content)[0].errors) == [1]
+    body = wire.encode_request(["a dog", ""])
+    answer = http.post("/v1/embeddings", content=body, headers=ARROW | {"accept": "application/json"})
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, "input[1]")
+
+
+@pytest.mark.parametrize("body", [b"", b"nonsense", wire.encode_request(["a dog"] * (MOST_INPUTS + 1))])
+def test_an_arrow_body_that_cannot_be_read_is_refused(body: bytes, http: TestClient) -> None:
+    answer = http.post("/v1/embeddings", content=body, headers=ARROW)
+    assert answer.status_code in {400, 413} and answer.json()["error"]["message"]
+
+
+def test_a_lookup_says_what_is_there_and_computes_nothing(http: TestClient, faulty_engine: Any) -> None:
+    http.post("/v1/embeddings", json={"input": "a dog"})
+    faulty_engine.embedded.clear()
+    asked = {"input": ["a dog", "a cat"], "vectors": True}
+    rows = http.post("/v1/lookup", json=asked).json()["data"]
+    assert [row["found"] for row in rows] == [True, False]
+    assert rows[0]["tokens"] == 3 and rows[1]["tokens"] is None
+    assert rows[0]["embedding"] and rows[1]["embedding"] is None
+    assert rows[0]["key"] == caption_keys(["a dog"])[0].tobytes().hex()
+    answer = http.post("/v1/lookup", content=wire.encode_request(["a cat", "", "a dog"]), headers=ARROW)
+    found, _ = wire.decode_found(answer.content)
+    assert found.found.tolist() == [False, False, True] and sorted(found.errors) == [1]
+    bare = http.post("/v1/lookup?vectors=false", content=wire.encode_request(["a dog"]), headers=ARROW)
+    assert wire.decode_found(bare.content)[0].vectors is None
+    assert http.post("/v1/lookup", json={"input": ["a dog", ""]}).status_code == 400
+    assert not faulty_engine.embedded
+
+
+def test_fewer_dimensions_only_of_a_model_that_was_trained_so(http: TestClient) -> None:
+    kept = len(http.post("/v1/embeddings", json={"input": "a dog"}).json()["data"][0]["embedding"])
+    whole = http.post("/v1/embeddings", json={"input": "a dog", "dimensions": kept})
+    assert whole.status_code == 200
+    refused = http.post("/v1/embeddings", json={"input": "a dog", "dimensions": kept - 1})
+    assert refused.status_code == 400 and "not trained" in refused.json()["error"]["message"]
+
+
+def test_a_cache_is_maintained_while_it_is_served(http: TestClient) -> None:
+    ids = []
+    for i in range(3):
+        http.post("/v1/embeddings", json={"input": f"a dog{' the' * i}"})
+        assert http.post("/v1/admin/seal").json() == {"sealed": 1}
+        ids.append(http.post("/v1/snapshots").json()["id"])
+    assert http.post("/v1/admin/snapshots/keep", json={"newest": 2}).json() == {"removed": ids[:1]}
+    assert http.delete(f"/v1/admin/snapshots/{ids[1]}").json() == {"removed": [ids[1]]}
+    assert http.delete(f"/v1/admin/snapshots/{ids[1]}").status_code == 404
+    done = http.post("/v1/admin/compact", json={"everything": True}).json()
+    assert len(done["segments"]) == 1 and len(done["replaced"]) == 3
+    http.post("/v1/snapshots")
+    http.post("/v1/admin/snapshots/keep", json={"newest": 1})
+    would = http.post("/v1/admin/gc", json={"dry_run": True}).json()
+    did = http.post("/v1/admin/gc", json={}).json()
+    assert did == would | {"dry_run": False} and len(did["removed"]) == 6
+    assert http.post("/v1/embeddings", json={"input": "a dog"}).json()["data"][0]["cached"]

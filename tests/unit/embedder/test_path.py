@@ -14,7 +14,8 @@ from lift_cache.errors import BadCaption, EngineUnavailable, VectorRejected
 from lift_cache.recipe import Recipe
 from lift_cache.writer import CacheWriter
 from lift_embedder.metrics import Metrics
-from lift_embedder.path import BadRow, EmbeddingPath, QueueFull
+from lift_embedder.path import BadRow, EmbeddingPath
+from lift_embedder.queue import Queue, QueueFull
 from lift_embedder.supervisor import Supervisor
 from lift_embedder.tokens import CaptionTokenizer
 
@@ -28,19 +29,21 @@ def play(
     """Run a scenario on a path with a real cache."""
     tokenizer = CaptionTokenizer(recipe, tiny_tokenizer(eos="</s>"))
 
-    def run(scenario: Scenario, *, queue_tokens: int = 10_000, batch_tokens: int = 1_000) -> None:
+    def run(
+        scenario: Scenario,
+        *,
+        queue_tokens: int = 10_000,
+        batch_tokens: int = 1_000,
+        batch_seconds: float = 20,
+    ) -> None:
         async def main() -> None:
             metrics = Metrics()
             with CacheWriter.open(tmp_path / "cache", recipe) as cache:
-                supervisor = Supervisor(lambda: faulty_engine, tokenizer, cache, metrics)
-                path = EmbeddingPath(
-                    cache,
-                    tokenizer,
-                    supervisor,
-                    metrics,
-                    queue_tokens=queue_tokens,
-                    batch_tokens=batch_tokens,
+                supervisor = Supervisor(
+                    lambda: faulty_engine, tokenizer, cache, metrics, batch_seconds=batch_seconds
                 )
+                queue = Queue(most_tokens=queue_tokens, most_bytes=1 << 24, batch_tokens=batch_tokens)
+                path = EmbeddingPath(cache, tokenizer, supervisor, metrics, queue)
                 path.start()
                 try:
                     async with asyncio.timeout(20):
@@ -156,11 +159,7 @@ def test_a_dead_engine_leaves_hits_served_and_comes_back(
     play(scenario)
 
 
-def test_an_engine_that_hangs_is_given_up(
-    play: Callable[..., None], faulty_engine: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("lift_embedder.supervisor.BATCH_SECONDS", 0.1)
-
+def test_an_engine_that_hangs_is_given_up(play: Callable[..., None], faulty_engine: Any) -> None:
     async def scenario(path: EmbeddingPath) -> None:
         faulty_engine.before = lambda: asyncio.sleep(60)
         with pytest.raises(EngineUnavailable, match="did not answer"):
@@ -168,7 +167,7 @@ def test_an_engine_that_hangs_is_given_up(
         faulty_engine.before = None
         assert not path.engine.ready or path.cache.rows == 0
 
-    play(scenario)
+    play(scenario, batch_seconds=0.1)
 
 
 def test_an_engine_that_no_longer_agrees_makes_the_cache_read_only(
@@ -208,7 +207,7 @@ def test_beyond_its_queue_a_server_refuses_and_says_when_to_come_back(
         going = asyncio.Event()
         faulty_engine.before = going.wait
         taken = asyncio.create_task(path.embed([f"a dog{' the' * n}" for n in range(20)]))
-        await asyncio.sleep(0.1)
+        await until(lambda: path.queue.rows == 20)
         with pytest.raises(QueueFull) as refused:
             await path.embed(["a cat"])
         assert refused.value.retry_after >= 1
@@ -351,3 +350,88 @@ def test_canaries_of_another_recipe_make_the_cache_read_only(
     canaries = tmp_path / "cache" / "canaries.json"
     canaries.write_text(canaries.read_text().replace(recipe.fingerprint, "0" * 64))
     play(refuses)
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    async with asyncio.timeout(10):
+        while not condition():
+            await asyncio.sleep(0.005)
+
+
+def test_who_leaves_gives_the_place_back_and_what_others_want_stays(
+    play: Callable[..., None], faulty_engine: Any
+) -> None:
+    async def scenario(path: EmbeddingPath) -> None:
+        going = asyncio.Event()
+        faulty_engine.before = going.wait
+        busy = [asyncio.create_task(path.embed([f"a dog{' the' * n}"])) for n in range(2)]
+        await until(lambda: path.queue.rows == 2 and not len(path.queue))  # both workers wait for the engine
+        leaving = asyncio.create_task(path.embed(["a cat", "a red cat"]))
+        await until(lambda: len(path.queue) == 2)
+        staying = asyncio.create_task(path.embed(["a red cat"]))
+        await until(lambda: sum(row.waiters for row in path._in_flight.values()) == 5)
+        before = path.queue.tokens
+        leaving.cancel()
+        await until(lambda: len(path.queue) == 1)
+        assert path.queue.tokens == before - 3
+        faulty_engine.before = None
+        going.set()
+        assert (await staying).vectors.any()
+        await asyncio.gather(*busy)
+        assert path.queue.tokens == path.queue.bytes == path.queue.rows == 0
+        assert not (await path.embed(["a cat"])).cached.any()  # nobody computed it
+
+    play(scenario)
+
+
+def test_a_bad_row_has_its_own_error_where_the_others_are_wanted_all_the_same(
+    play: Callable[..., None], faulty_engine: Any
+) -> None:
+    async def scenario(path: EmbeddingPath) -> None:
+        answer = await path.embed(["a dog", "", "a cat", 7, "a dog"], each=True)
+        assert sorted(answer.errors) == [1, 3] and isinstance(answer.errors[1], BadCaption)
+        assert answer.vectors.any(1).tolist() == [True, False, True, False, True]
+        nan = lambda vectors: np.where(np.arange(len(vectors))[:, None] == 0, np.nan, vectors)  # noqa: E731
+        faulty_engine.spoil = nan
+        answer = await path.embed(["a blue dog", "a dog"], each=True)
+        assert isinstance(answer.errors[0], VectorRejected) and answer.cached.tolist() == [False, True]
+
+    play(scenario)
+
+
+def test_token_ids_are_computed_as_they_stand_and_never_cached(
+    play: Callable[..., None], faulty_engine: Any
+) -> None:
+    async def scenario(path: EmbeddingPath) -> None:
+        for _ in range(2):
+            answer = await path.embed_tokens([[3, 4, 5], [6]])
+            assert answer.vectors.any(1).all() and not answer.cached.any()
+            assert answer.tokens.tolist() == [3, 1]
+        assert path.cache.rows == 0 and len(faulty_engine.embedded) == 4
+        for bad in ([], [10**6], [-1], [1] * 1000):
+            with pytest.raises(BadRow, match=r"input\[1\]"):
+                await path.embed_tokens([[3], bad])
+        faulty_engine.spoil = lambda vectors: vectors * 0
+        with pytest.raises(BadRow, match="no usable vector"):
+            await path.embed_tokens([[3]])
+
+    play(scenario)
+
+
+def test_a_full_queue_refuses_before_anything_is_tokenised_and_bulk_before_others(
+    play: Callable[..., None], faulty_engine: Any
+) -> None:
+    async def scenario(path: EmbeddingPath) -> None:
+        going = asyncio.Event()
+        faulty_engine.before = going.wait
+        bulk = asyncio.create_task(path.embed([f"a dog{' the' * n}" for n in range(10)], bulk=True))
+        await until(lambda: path.queue.tokens >= 75)  # three quarters of the room
+        with pytest.raises(QueueFull):
+            await path.embed(["a red cat"], bulk=True)
+        mine = asyncio.create_task(path.embed(["a cat"]))
+        await until(lambda: path.queue.rows == 11)
+        faulty_engine.before = None
+        going.set()
+        assert (await mine).vectors.any() and len((await bulk).vectors) == 10
+
+    play(scenario, queue_tokens=100, batch_tokens=10)
