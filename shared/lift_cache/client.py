@@ -1,50 +1,57 @@
-"""Talking to an embedding server: captions in, vectors out, patient with a server that is busy or restarting."""
+"""Talking to an embedding server: captions in, vectors out, patient with a server that is busy or restarting.
+
+Two clients, for threads and for asyncio, that only send and wait; `exchange` has what is said and what it means.
+"""
 
 from __future__ import annotations
 
-import base64
+import asyncio
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any
 
 import httpx
-import numpy as np
-from pydantic import BaseModel, ConfigDict, ValidationError
 
-from lift_cache.encoding import Encoding
-from lift_cache.errors import BadCaption, BadConfig, ServerUnavailable
-from lift_cache.recipe import Recipe
+from lift_cache.exchange import (
+    EMBED,
+    INFO,
+    LOOKUP,
+    LOOKUP_ONLY_FOUND,
+    LOOPBACK,
+    RETRY_STATUS,
+    SNAPSHOT,
+    Call,
+    Captions,
+    Embedded,
+    OnError,
+    OnWait,
+    Priority,
+    Server,
+    ServerInfo,
+    TooLarge,
+)
+from lift_cache.wire import Found, RowError
 
-LOOPBACK = frozenset({"localhost", "127.0.0.1", "::1"})
-RETRY_STATUS = frozenset({429, 502, 503, 504})
+__all__ = [
+    "LOOPBACK",
+    "RETRY_STATUS",
+    "AsyncEmbeddingClient",
+    "Embedded",
+    "EmbeddingClient",
+    "Found",
+    "RowError",
+    "ServerInfo",
+]
 
+BATCH = 256
+"""Captions per request, unless said."""
 
-@dataclass(frozen=True)
-class Embedded:
-    """vectors float32 [n, d] · cached bool [n] · tokens int32 [n] · truncated bool [n]."""
-
-    vectors: np.ndarray
-    cached: np.ndarray
-    tokens: np.ndarray
-    truncated: np.ndarray
-
-
-class ServerInfo(BaseModel):
-    """What a server says of its cache (`GET /v1/cache`)."""
-
-    model_config = ConfigDict(extra="ignore")
-
-    recipe: Recipe
-    fingerprint: str
-    encoding: Encoding
-    rows: int
-    snapshot: str | None = None
-    read_only: str | None = None
+CONCURRENCY = 4
+"""Requests of an asynchronous client that are under way at a time, unless said."""
 
 
 class EmbeddingClient:
-    """A synchronous client; safe to use from several threads."""
+    """A synchronous client, one request at a time per thread; safe to use from several threads."""
 
     def __init__(
         self,
@@ -53,35 +60,28 @@ class EmbeddingClient:
         timeout: float = 300.0,
         patience: float = 120.0,
         api_key: str | None = None,
-        on_wait: Callable[[str, float], None] | None = None,
+        batch: int = BATCH,
+        priority: Priority = "interactive",
+        on_wait: OnWait | None = None,
     ) -> None:
         """
         Args:
             url: `http://host:port` of the server.
             timeout: seconds one answer may take.
-            patience: seconds to go on trying while the server is away or busy.
-            api_key: sent as a bearer token.
-            on_wait: told why, and for how many seconds, whenever the client waits.
+            patience: seconds to go on trying while the server is away or busy, from when it first was.
+            api_key: the server's key; the environment variable LIFT_API_KEY when not given.
+            batch: captions per request; what the server finds too large is halved.
+            priority: "bulk" lets the requests of others go first.
+            on_wait: told why, and for how many seconds, whenever the client waits; what it raises ends the call.
+
+        Raises:
+            BadConfig: the address or the key cannot be used.
         """
-        if not url.startswith(("http://", "https://")):
-            raise BadConfig(f"--server: {url!r} is not a URL; write it as http://host:port")
-        self.url = url.rstrip("/")
-        self._patience = patience
-        self._on_wait = on_wait
-        headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
-        self._fingerprint: str | None = None
-        try:
-            host = httpx.URL(self.url).host
-            self._http = httpx.Client(
-                base_url=self.url,
-                timeout=httpx.Timeout(timeout, connect=10),
-                headers=headers,
-                trust_env=host not in LOOPBACK,  # a proxy would look for the server on itself
-            )
-        except httpx.InvalidURL as error:
-            raise BadConfig(
-                f"--server: {url!r} is not a URL ({error}); write it as http://host:port"
-            ) from None
+        self._server = Server(
+            url, api_key=api_key, batch=batch, patience=patience, priority=priority, on_wait=on_wait
+        )
+        self.url = self._server.url
+        self._http = httpx.Client(**self._server.http_settings(timeout))
 
     def __enter__(self) -> EmbeddingClient:
         return self
@@ -96,98 +96,158 @@ class EmbeddingClient:
         """The server's recipe, encoding and counts; later answers must be of this recipe.
 
         Raises:
-            ServerUnavailable
+            ServerUnavailable: away, or refusing, for longer than `patience`; or no embedding server.
+            BadConfig: the server wants another key.
         """
-        body = self._request("GET", "/v1/cache")
-        try:
-            info = ServerInfo.model_validate(body)
-        except ValidationError as error:
-            first = error.errors()[0]
-            raise ServerUnavailable(
-                f"{self.url} does not answer like a LIFT embedding server ({first['loc'][0]}: {first['msg']})"
-            ) from None
-        self._fingerprint = info.fingerprint
-        return info
+        return self._server.info(self._ask(INFO))
 
-    def embed(self, captions: Sequence[str]) -> Embedded:
-        """Embed captions through the server's cache; every answered vector is durable there.
+    def embed(self, captions: Sequence[str], *, on_error: OnError = "raise") -> Embedded:
+        """Embed any number of captions through the server's cache; every answered vector is durable there.
+
+        Args:
+            on_error: what a caption without a vector does: "raise" ends the call (what was answered before
+                stays in the server's cache), "return" puts it into `Embedded.errors`.
 
         Raises:
-            BadCaption: the server refused a caption; names its position.
-            ServerUnavailable: away, or refusing, for longer than the client's patience; or no longer of the
-                recipe that `info` gave.
+            BadCaption: a caption that has no vector, by its position; never with "return".
+            ServerUnavailable: as `info`; or no longer of the recipe that `info`, or the first answer, had.
+            BadConfig: as `info`.
         """
-        body = self._request("POST", "/v1/embeddings", {"input": list(captions), "encoding_format": "base64"})
-        if self._fingerprint is not None and body.get("recipe") != self._fingerprint:
-            raise ServerUnavailable(f"{self.url} answers with another recipe than it did before; run again")
-        try:
-            rows = sorted(body["data"], key=lambda row: row["index"])
-            vectors = [np.frombuffer(base64.b64decode(row["embedding"]), "<f4") for row in rows]
-            if len(rows) != len(captions):
-                raise ValueError(f"{len(rows)} rows for {len(captions)} captions")
-            return Embedded(
-                np.stack(vectors).astype(np.float32),
-                np.array([row["cached"] for row in rows], bool),
-                np.array([row["tokens"] for row in rows], np.int32),
-                np.array([row["truncated"] for row in rows], bool),
-            )
-        except (KeyError, TypeError, ValueError) as error:
-            raise ServerUnavailable(f"{self.url} gave an answer that cannot be used ({error})") from None
+        work = Captions(self._server, captions, EMBED, on_error)
+        self._work(work)
+        return work.embedded()
+
+    def lookup(self, captions: Sequence[str], *, vectors: bool = True, on_error: OnError = "raise") -> Found:
+        """What the server's cache holds of some captions; nothing is computed. Vectors are float32.
+
+        Args:
+            vectors: False leaves them out (`Found.vectors` is None).
+            on_error: as `embed`, for captions that cannot be in a cache.
+
+        Raises:
+            As `embed`.
+        """
+        work = Captions(self._server, captions, LOOKUP if vectors else LOOKUP_ONLY_FOUND, on_error)
+        self._work(work)
+        return work.found()
 
     def snapshot(self) -> dict[str, Any]:
-        """Ask the server for a snapshot: {"id", "path", "rows"}. Raises ServerUnavailable."""
-        return self._request("POST", "/v1/snapshots")
+        """Ask the server for a snapshot: {"id", "path", "rows"}. Raises as `info`."""
+        return self._server.json(self._ask(SNAPSHOT))
 
-    def _request(self, method: str, path: str, body: object = None) -> dict[str, Any]:
-        give_up = time.monotonic() + self._patience
-        pause = 0.5
-        while True:
+    def _work(self, work: Captions) -> None:
+        while (part := work.next()) is not None:
             try:
-                answer = self._http.request(method, path, json=body)
-            except httpx.RequestError as error:
-                trouble = f"{self.url} does not answer ({type(error).__name__})"
-                wait = pause
+                answer = self._ask(part.call)
+            except TooLarge as refusal:
+                work.too_large(part, refusal)
             else:
-                if answer.status_code not in RETRY_STATUS:
-                    return self._checked(answer)
-                trouble = f"{self.url} answered {answer.status_code}: {_message(answer)}"
-                wait = _retry_after(answer, pause)
-            if time.monotonic() + wait > give_up:
-                raise ServerUnavailable(
-                    f"{trouble}; gave up after {self._patience:.0f} s: check the server, then run again"
-                )
-            if self._on_wait is not None:
-                self._on_wait(trouble, wait)
+                work.put(part, answer)
+        if work.lack_dimensions():
+            self.info()
+
+    def _ask(self, call: Call) -> httpx.Response:
+        tries = self._server.tries()
+        while True:
+            wait: float | None
+            try:
+                answer = self._http.request(call.method, call.path, content=call.body, headers=call.headers)
+            except httpx.HTTPError as error:
+                wait = tries.no_answer(error)
+            else:
+                wait = tries.answer(answer)
+                if wait is None:
+                    return answer
             time.sleep(wait)
-            pause = min(pause * 2, 10.0)
 
-    def _checked(self, answer: httpx.Response) -> dict[str, Any]:
-        if answer.status_code in {400, 413, 422}:
-            raise BadCaption(_message(answer))
-        if answer.status_code != httpx.codes.OK:
-            raise ServerUnavailable(f"{self.url} answered {answer.status_code}: {_message(answer)}")
+
+class AsyncEmbeddingClient:
+    """An asynchronous client; `concurrency` of its requests are under way at a time, whoever made them."""
+
+    def __init__(
+        self,
+        url: str,
+        *,
+        timeout: float = 300.0,
+        patience: float = 120.0,
+        api_key: str | None = None,
+        batch: int = BATCH,
+        concurrency: int = CONCURRENCY,
+        priority: Priority = "interactive",
+        on_wait: OnWait | None = None,
+    ) -> None:
+        """As `EmbeddingClient`; a request that waits for the server keeps its place among the `concurrency`."""
+        self._server = Server(
+            url, api_key=api_key, batch=batch, patience=patience, priority=priority, on_wait=on_wait
+        )
+        self.url = self._server.url
+        self._http = httpx.AsyncClient(**self._server.http_settings(timeout))
+        self._concurrency = concurrency
+        self._places = asyncio.Semaphore(concurrency)
+
+    async def __aenter__(self) -> AsyncEmbeddingClient:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.aclose()
+
+    async def aclose(self) -> None:
+        await self._http.aclose()
+
+    async def info(self) -> ServerInfo:
+        """As `EmbeddingClient.info`."""
+        return self._server.info(await self._ask(INFO))
+
+    async def embed(self, captions: Sequence[str], *, on_error: OnError = "raise") -> Embedded:
+        """As `EmbeddingClient.embed`, with several requests under way."""
+        work = Captions(self._server, captions, EMBED, on_error)
+        await self._work(work)
+        return work.embedded()
+
+    async def lookup(
+        self, captions: Sequence[str], *, vectors: bool = True, on_error: OnError = "raise"
+    ) -> Found:
+        """As `EmbeddingClient.lookup`, with several requests under way."""
+        work = Captions(self._server, captions, LOOKUP if vectors else LOOKUP_ONLY_FOUND, on_error)
+        await self._work(work)
+        return work.found()
+
+    async def snapshot(self) -> dict[str, Any]:
+        """As `EmbeddingClient.snapshot`."""
+        return self._server.json(await self._ask(SNAPSHOT))
+
+    async def _work(self, work: Captions) -> None:
         try:
-            body = answer.json()
-        except ValueError:
-            body = None
-        if not isinstance(body, dict):
-            raise ServerUnavailable(
-                f"{self.url} does not answer like a LIFT embedding server (no JSON object)"
-            )
-        return body
+            async with asyncio.TaskGroup() as group:
+                for _ in range(min(self._concurrency, work.requests)):
+                    group.create_task(self._take_parts(work))
+        except BaseExceptionGroup as failed:  # the others were cancelled; the first says why
+            raise failed.exceptions[0] from None
+        if work.lack_dimensions():
+            await self.info()
 
+    async def _take_parts(self, work: Captions) -> None:
+        while (part := work.next()) is not None:
+            try:
+                answer = await self._ask(part.call)
+            except TooLarge as refusal:
+                work.too_large(part, refusal)
+            else:
+                work.put(part, answer)
 
-def _message(answer: httpx.Response) -> str:
-    """The server's own words, one line."""
-    try:
-        said = answer.json()["error"]["message"]
-    except (ValueError, KeyError, TypeError):
-        said = answer.text[:200]
-    return " ".join(str(said).split())
-
-
-def _retry_after(answer: httpx.Response, otherwise: float) -> float:
-    try:
-        return max(0.1, float(answer.headers["Retry-After"]))
-    except (KeyError, ValueError):
-        return otherwise
+    async def _ask(self, call: Call) -> httpx.Response:
+        tries = self._server.tries()
+        async with self._places:
+            while True:
+                wait: float | None
+                try:
+                    answer = await self._http.request(
+                        call.method, call.path, content=call.body, headers=call.headers
+                    )
+                except httpx.HTTPError as error:
+                    wait = tries.no_answer(error)
+                else:
+                    wait = tries.answer(answer)
+                    if wait is None:
+                        return answer
+                await asyncio.sleep(wait)

@@ -93,8 +93,13 @@ def _reading() -> Iterator[None]:
     try:
         yield
     except UNREADABLE as error:
-        said = " ".join(str(error).split())[:200]
-        raise BadConfig(f"not a readable Arrow stream ({said or type(error).__name__})") from None
+        said = one_line(str(error)) or type(error).__name__
+        raise BadConfig(f"not a readable Arrow stream ({said})") from None
+
+
+def one_line(text: str, most: int = 200) -> str:
+    """Text that others wrote, for a message: its beginning, without what a line or a terminal would act on."""
+    return " ".join("".join(c if c.isprintable() else " " for c in text[:most]).split())
 
 
 def encode_request(captions: Sequence[str | None], model: str | None = None) -> bytes:
@@ -124,15 +129,21 @@ def decode_request(body: bytes, *, most_rows: int) -> Request:
         BadConfig: not such a stream, or one with anything else in it; says what.
         TooManyRows: more than `most_rows` captions.
     """
-    schema, batches = _read(body, most_rows)
-    if schema.names != ["caption"] or schema.types[0] not in CAPTION_TYPES:
-        raise BadConfig(f"the one column is caption, of type string or large_string; not {_columns(schema)}")
-    model = _metadata(schema, allowed={"model"}).get("model")
     captions: list[str | None] = []
-    for batch in batches:
-        if len(captions) + batch.num_rows > most_rows:
-            raise TooManyRows(f"more than {most_rows:,} captions; send them in several requests")
-        captions += _texts(batch.column(0))
+    with _open(body, most_batches=most_rows) as stream:
+        if (
+            len(stream.schema) != 1
+            or (kind := stream.schema.field(0)).type not in CAPTION_TYPES
+            or kind.name != "caption"
+        ):
+            raise BadConfig(
+                f"the one column is caption, of type string or large_string; not {_columns(stream.schema)}"
+            )
+        model = _metadata(stream.schema, allowed={"model"}).get("model")
+        for batch in stream:
+            if len(captions) + batch.num_rows > most_rows:
+                raise TooManyRows(f"more than {most_rows:,} captions; send them in several requests")
+            captions += _texts(batch.column(0))
     if not captions:
         raise BadConfig("the request has no caption")
     return Request(captions, model)
@@ -225,15 +236,14 @@ def _vector_column(vectors: np.ndarray, present: np.ndarray) -> pa.Array:
     return pa.Array.from_buffers(pa.list_(values_type, d), n, [validity], absent, children=[values])
 
 
-def _read(body: bytes, most_batches: int) -> tuple[pa.Schema, list[pa.RecordBatch]]:
-    """The batches lie in `body`; their content is not checked yet."""
+def _open(body: bytes, *, most_batches: int) -> pa.RecordBatchStreamReader:
+    """A reader of which only the schema was read; its batches will lie in `body`. Raises BadConfig."""
     batches = sum(kind == "record batch" for kind in _messages(body))
     if batches > most_batches:
         raise TooManyRows(
             f"{batches:,} record batches where {most_batches:,} may be; send fewer, larger ones"
         )
-    with pa.ipc.open_stream(body, options=READING) as reader:
-        return reader.schema, list(reader)
+    return pa.ipc.open_stream(body, options=READING)
 
 
 def _messages(body: bytes) -> Iterator[str]:
@@ -304,9 +314,10 @@ class _Header:
 
 
 def _columns(schema: pa.Schema) -> str:
-    """One line, whatever the names in it are."""
-    said = ", ".join(f"{column.name[:40]}: {column.type}" for column in list(schema)[:8])
-    return repr(said[:200])[1:-1] or "none"
+    """The first few, in one line, whatever the names in it are."""
+    first = [schema.field(i) for i in range(min(len(schema), 8))]
+    said = ", ".join(f"{column.name[:40]}: {column.type}" for column in first)
+    return one_line(said) or "none"
 
 
 def _metadata(schema: pa.Schema, allowed: set[str]) -> dict[str, str]:
@@ -332,37 +343,40 @@ def _texts(column: pa.Array) -> list[str | None]:
 
 def _decode(body: bytes, known: str) -> tuple[pa.RecordBatch, dict[int, RowError], str]:
     """The one batch of an answer, validated, its errors, and the recipe."""
-    schema, batches = _read(body, 1)
-    metadata = _metadata(schema, {"recipe", "model", "version"})
-    if metadata.get("version") != VERSION:
-        raise BadConfig(
-            f"the answer has version {metadata.get('version')!r}; this software reads {VERSION}: update it"
-        )
-    kinds = dict(zip(schema.names, schema.types, strict=True))
-    vector = kinds.pop("vector", None)
-    wanted = {
-        known: pa.bool_(),
-        "tokens": pa.int32(),
-        "truncated": pa.bool_(),
-        "error": pa.string(),
-        "code": pa.string(),
+    with _open(body, most_batches=1) as stream:
+        _require_answer_columns(stream.schema, known)
+        metadata = _metadata(stream.schema, allowed={"recipe", "model", "version"})
+        if (version := metadata.get("version")) != VERSION:
+            raise BadConfig(f"the answer has version {version!r}; this software reads {VERSION}: update it")
+        batch = next(iter(stream), None)
+    if batch is None or "recipe" not in metadata:
+        raise BadConfig("the answer has no batch, or does not name its recipe")
+    batch.validate(full=True)
+    messages, codes = batch.column("error"), batch.column("code")
+    if messages.null_count == codes.null_count == len(messages):
+        return batch, {}, metadata["recipe"]
+    rows = enumerate(zip(codes.to_pylist(), messages.to_pylist(), strict=True))
+    errors = {
+        i: RowError("error" if c is None else c, m or "")
+        for i, (c, m) in rows
+        if c is not None or m is not None
     }
+    return batch, errors, metadata["recipe"]
+
+
+def _require_answer_columns(schema: pa.Schema, known: str) -> None:
+    """`vector` may be left out of a look-up's answer. Raises BadConfig."""
+    columns = {column.name: column.type for column in schema} if len(schema) <= 6 else {}
+    vector = columns.pop("vector", None)
+    wanted = {known: pa.bool_(), "tokens": pa.int32(), "truncated": pa.bool_()}
+    wanted |= {"error": pa.string(), "code": pa.string()}
     right = vector is None or (
         pa.types.is_fixed_size_list(vector)
+        and vector.list_size > 0
         and vector.value_type in VECTOR_TYPES.values()
-        and vector.list_size
     )
-    if len(schema) != len(wanted) + (vector is not None) or kinds != wanted or not right:
+    if not right or columns != wanted or len(schema) != len(wanted) + (vector is not None):
         raise BadConfig(f"the answer has other columns: {_columns(schema)}")
-    if len(batches) != 1 or "recipe" not in metadata:
-        raise BadConfig("the answer has no batch, or does not name its recipe")
-    batches[0].validate(full=True)
-    messages, codes = (batches[0].column(name) for name in ("error", "code"))
-    if messages.null_count == codes.null_count == len(messages):
-        return batches[0], {}, metadata["recipe"]
-    rows = enumerate(zip(codes.to_pylist(), messages.to_pylist(), strict=True))
-    errors = {i: RowError(c or "error", m or "") for i, (c, m) in rows if c is not None or m is not None}
-    return batches[0], errors, metadata["recipe"]
 
 
 def _flags(batch: pa.RecordBatch, known: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

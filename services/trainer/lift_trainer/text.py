@@ -20,7 +20,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from lift_cache.client import EmbeddingClient
-from lift_cache.errors import BadSource, CacheDamaged, EncodingMismatch, MissingCaptions
+from lift_cache.errors import BadCaption, BadSource, CacheDamaged, EncodingMismatch, MissingCaptions
 from lift_cache.files import publish, room_for, temporary_name
 from lift_cache.keys import caption_keys
 from lift_cache.reader import CacheReader
@@ -31,7 +31,6 @@ from lift_trainer.tensors import write_tensors
 
 HASH_DIMENSIONS = 512
 HASH_WORDS = 3
-EMBED_BATCH = 256
 LENGTHS = 256
 """Vectors whose mean length stands for that of all."""
 
@@ -216,22 +215,25 @@ def _embed(reader: CacheReader, captions: list[str], server: str, overlay: Path)
     wanted = caption_keys(captions)
     absent = [i for i, key in enumerate(wanted) if bytes(key) not in known]
     if absent:
-        fetched = []
-        with EmbeddingClient(server) as client:
-            reader.recipe.require_same(client.info().recipe, here=str(reader.path), there=server)
-            for start in range(0, len(absent), EMBED_BATCH):
-                part = client.embed([captions[i] for i in absent[start : start + EMBED_BATCH]]).vectors
-                if part.shape[1] != reader.dimensions:
-                    raise EncodingMismatch(
-                        f"{server} answers {part.shape[1]} dimensions and {reader.path} keeps "
-                        f"{reader.dimensions}; serve from a cache with the same encoding"
-                    )
-                fetched.append(part)
+        with EmbeddingClient(server, priority="bulk") as client:
+            info = client.info()
+            reader.recipe.require_same(info.recipe, here=str(reader.path), there=client.url)
+            if info.encoding.dimensions != reader.dimensions:
+                raise EncodingMismatch(
+                    f"{client.url} answers {info.encoding.dimensions} dimensions and {reader.path} keeps "
+                    f"{reader.dimensions}; serve from a cache with the same encoding"
+                )
+            fetched = client.embed([captions[i] for i in absent], on_error="return")
+        for i, error in fetched.errors.items():
+            raise BadCaption(
+                f"{client.url} has no vector for {captions[absent[i]][:60]!r} ({error.message}); "
+                "leave such captions out with --on-missing skip"
+            )
         known |= {bytes(wanted[i]): len(keys) + n for n, i in enumerate(absent)}
         keys = np.concatenate([keys, wanted[absent]])
-        vectors = np.concatenate([vectors, *fetched])
+        vectors = np.concatenate([vectors, fetched.vectors])
         _save_overlay(overlay, keys, vectors, reader.recipe)
-        print(f"embedded {len(absent):,} captions at {server}, kept in {overlay}", file=sys.stderr)
+        print(f"embedded {len(absent):,} captions at {client.url}, kept in {overlay}", file=sys.stderr)
     return vectors[[known[bytes(key)] for key in wanted]]
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import json
 import pickle
 import shutil
@@ -14,9 +13,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from lift_cache import wire
 from lift_cache.bulk import write_cache
 from lift_cache.encoding import Encoding
-from lift_cache.errors import BadSource, MissingCaptions, RecipeMismatch
+from lift_cache.errors import BadCaption, BadSource, MissingCaptions, RecipeMismatch
 from lift_cache.recipe import Recipe
 from lift_trainer.rejects import Rejects
 from lift_trainer.samples import Index, build_index
@@ -40,12 +40,16 @@ def larger(world: World) -> Index:
     return build_index([str(world.shard), str(extra)], Rejects(0))
 
 
+NO_VECTOR = wire.RowError("vector_rejected", "the vector is zero")
+
+
 class Embedder:
     """Speaks the embedder's protocol over HTTP; the vector of a caption is its length, repeated."""
 
     def __init__(self, recipe: Recipe) -> None:
         embedder = self
         self.embedded: list[str] = []
+        self.refused: set[str] = set()
 
         class Handler(BaseHTTPRequestHandler):
             def do_GET(self) -> None:
@@ -60,26 +64,22 @@ class Embedder:
                 )
 
             def do_POST(self) -> None:
-                asked = json.loads(self.rfile.read(int(self.headers["content-length"])))
-                embedder.embedded += asked["input"]
-                rows = []
-                for i, caption in enumerate(asked["input"]):
-                    vector: Any = np.full(recipe.dimensions, len(caption), "<f4")
-                    if asked.get("encoding_format") == "base64":
-                        vector = base64.b64encode(vector.tobytes()).decode()
-                    else:
-                        vector = vector.tolist()
-                    rows.append(
-                        {"index": i, "embedding": vector, "cached": False, "tokens": 3, "truncated": False}
-                    )
-                self._answer(
-                    {"object": "list", "data": rows, "recipe": recipe.fingerprint, "model": recipe.model}
-                )
+                body = self.rfile.read(int(self.headers["content-length"]))
+                captions = [caption or "" for caption in wire.decode_request(body, most_rows=2048).captions]
+                embedder.embedded += captions
+                errors = {i: NO_VECTOR for i, caption in enumerate(captions) if caption in embedder.refused}
+                vectors = np.array([[len(caption)] * recipe.dimensions for caption in captions], np.float32)
+                none, three = np.zeros(len(captions), bool), np.full(len(captions), 3)
+                answer = wire.Answered(vectors, none, three, none, errors)
+                data = wire.encode_answer(answer, recipe=recipe.fingerprint, model=recipe.model)
+                self._send(wire.MIME, data)
 
             def _answer(self, body: dict[str, Any]) -> None:
-                data = json.dumps(body).encode()
+                self._send("application/json", json.dumps(body).encode())
+
+            def _send(self, kind: str, data: bytes) -> None:
                 self.send_response(200)
-                self.send_header("content-type", "application/json")
+                self.send_header("content-type", kind)
                 self.send_header("content-length", str(len(data)))
                 self.end_headers()
                 self.wfile.write(data)
@@ -173,6 +173,15 @@ def test_missing_captions_can_be_embedded_once_and_are_kept_beside_the_run(
     # Again with no server at all: everything is at hand.
     again, same = open_it("http://127.0.0.1:9")
     assert np.array_equal(again, vectors) and same == digest
+
+
+def test_a_missing_caption_without_a_vector_is_named(world: World, larger: Index, embedder: Embedder) -> None:
+    embedder.refused.add("new caption 0")
+    with pytest.raises(BadCaption, match=r"no vector for 'new caption 0' \(the vector is zero\)"):
+        open_text(
+            larger, cache=str(world.cache), on_missing="embed", server=embedder.url, overlay=world.root / "o"
+        )
+    assert not (world.root / "o").exists()
 
 
 def test_kept_vectors_of_another_recipe_are_refused(
