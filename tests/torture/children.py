@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import faulthandler
 import logging
 import os
 import pickle
@@ -17,6 +18,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Generic, TypeVar
 
 T = TypeVar("T")
@@ -25,7 +27,10 @@ J = TypeVar("J")
 PR_SET_PDEATHSIG = 1
 WORKERS = max(2, os.cpu_count() or 2)
 PATIENCE = 120.0
-"""Seconds after which a child counts as hung."""
+"""Seconds after which a child that does nothing counts as hung."""
+
+LONGEST = 10
+"""Times that patience, for one that goes on doing something."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +55,20 @@ class Child:
         data = os.read(self.pipe, 1 << 20)
         self.received += data
         return bool(data)
+
+    def runs(self) -> bool:
+        """Whether one of its threads computes or waits for the disk: slow on a busy machine, and not hung."""
+        with contextlib.suppress(OSError):
+            for thread in Path(f"/proc/{self.pid}/task").iterdir():
+                if (thread / "stat").read_text().rpartition(")")[2].split()[0] in "RD":
+                    return True
+        return False
+
+    def show_threads(self) -> None:
+        """Have it say on stderr where each of its threads stands."""
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self.pid, signal.SIGUSR1)
+            time.sleep(0.5)
 
     def kill(self) -> None:
         with contextlib.suppress(ProcessLookupError):
@@ -82,6 +101,7 @@ def start(work: Callable[[], object]) -> Child:
             PR_SET_PDEATHSIG, signal.SIGKILL
         )  # whoever is killed takes its children along
         os.close(ours)
+        faulthandler.register(signal.SIGUSR1, all_threads=True)
         logging.disable()
         try:
             result: tuple[object, str] = work(), ""
@@ -101,7 +121,7 @@ def each(
 
     Args:
         until: time.monotonic() after which no more jobs are begun.
-        patience: seconds after which a child is taken to hang.
+        patience: seconds after which a child that does nothing is taken to hang.
     """
     running: dict[int, tuple[J, Child]] = {}
     waiting = iter(jobs)
@@ -122,7 +142,9 @@ def each(
                     del running[pipe]
                     yield job, child.end()
             for pipe, (job, child) in list(running.items()):
-                if time.monotonic() - child.since > patience:
+                waited = time.monotonic() - child.since
+                if waited > LONGEST * patience or (waited > patience and not child.runs()):
+                    child.show_threads()
                     child.kill()
                     del running[pipe]
                     child.end()
