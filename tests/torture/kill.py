@@ -141,9 +141,20 @@ class Life:
         return Killed(False, [f"verify, at the end: {problem}" for problem in problems])
 
     def round(
-        self, arm: Callable[[], None], seconds: float, kill_after: float | None = None, *, strays: bool
+        self,
+        arm: Callable[[], None],
+        seconds: float,
+        kill_after: float | None = None,
+        *,
+        strays: bool,
+        again: bool = False,
     ) -> Killed:
-        """Let a writer work until it is killed, or for some seconds; then check what it left."""
+        """Let a writer work until it is killed, or for some seconds; then check what it left.
+
+        Args:
+            strays: two segments lie in the way of its opening.
+            again: the names that these have in quarantine are taken.
+        """
         seed = self._chance.random()
 
         def work() -> None:
@@ -154,7 +165,8 @@ class Life:
                 os.write(out, f"{line}\n".encode())
 
             if strays:
-                shutil.rmtree(cache / "quarantine", ignore_errors=True)
+                if not again:
+                    shutil.rmtree(cache / "quarantine", ignore_errors=True)
                 leave_strays(cache, say, self._materials)
             watch(self._root)
             arm()
@@ -248,7 +260,8 @@ def run(
                 life.new()
             kill = mine.choice(KILLS if step.op in (Op.WRITE, Op.WRITE_SYNC) else KILLS[:2])
             arm = partial(rule, kill, step, mine.randrange(min(count, 6)))
-            killed.append(life.round(arm, PATIENCE, strays=True))
+            again = step.pattern.endswith(".arrow.*")
+            killed.append(life.round(arm, PATIENCE, strays=True, again=again))
         return [*killed, life.end()]
 
     reached: dict[Step, int] = dict.fromkeys(known, 0)
