@@ -40,6 +40,9 @@ UNROUTED = "none"
 LONGEST_PATH = 256
 """Characters of a path in the log."""
 
+MOST_LINES, LINE_SECONDS = 16, 0.1
+"""Log lines about ended requests that wait for each other, and for how long."""
+
 LOOK_SECONDS = 0.05
 """From here on a request is watched for its client leaving; most have been answered by then."""
 
@@ -73,10 +76,14 @@ class Observe:
     ) -> None:
         self.app, self._metrics, self._on_error = app, metrics, on_error
         self._seconds: dict[str, Any] = {}
+        self._lines = _Lines()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
-            return await self.app(scope, receive, send)
+            try:
+                return await self.app(scope, receive, send)
+            finally:
+                self._lines.write()  # the lifespan ends with the server
         began = time.perf_counter()
         request_id = _request_id(scope)
         header = (b"x-request-id", request_id.encode())
@@ -131,6 +138,7 @@ class Observe:
         if not log.isEnabledFor(level):
             return
         entry = {
+            "request": state["request_id"],
             "method": scope["method"],
             "path": path[:LONGEST_PATH],
             "status": status,
@@ -141,8 +149,39 @@ class Observe:
         for name in ("rows", "key"):
             if name in state:
                 entry[name] = state[name]
-        # Not log.log, which would walk the stack to find this line.
-        log.handle(log.makeRecord(log.name, level, __file__, 0, "request", (), None, extra=entry))
+        if level == logging.DEBUG:
+            log.debug("request", extra=entry)
+        else:
+            self._lines.add(entry, at_once=code is not None)
+
+
+class _Lines:
+    """Log lines about ended requests, written together.
+
+    A line alone takes 50 us, a third of a whole request that is answered from the cache; in company, 10. Those
+    of errors do not wait, and no line waits longer than `LINE_SECONDS`.
+    """
+
+    def __init__(self) -> None:
+        self._waiting: list[tuple[float, dict[str, Any]]] = []
+        self._timer: asyncio.TimerHandle | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
+
+    def add(self, entry: dict[str, Any], *, at_once: bool) -> None:
+        self._waiting.append((time.time(), entry))
+        if at_once or len(self._waiting) >= MOST_LINES:
+            return self.write()
+        loop = asyncio.get_running_loop()
+        if self._timer is None or self._loop is not loop:
+            self._loop, self._timer = loop, loop.call_later(LINE_SECONDS, self.write)
+
+    def write(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        if self._waiting:
+            waiting, self._waiting = self._waiting, []
+            logs.info_lines(log, "request", waiting)
 
 
 def _request_id(scope: Scope) -> str:

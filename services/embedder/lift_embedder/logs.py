@@ -6,8 +6,11 @@ import json
 import logging
 import sys
 import traceback
+from collections.abc import Sequence
 from contextvars import ContextVar
 from datetime import UTC, datetime
+from functools import lru_cache
+from typing import Any
 
 STANDARD = frozenset(vars(logging.makeLogRecord({}))) | {
     "message",
@@ -31,12 +34,10 @@ class JsonFormatter(logging.Formatter):
     """
 
     def format(self, record: logging.LogRecord) -> str:
-        entry: dict[str, object] = {
-            "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
-            "level": record.levelname.lower(),
-            "logger": record.name,
-            "message": record.getMessage(),
-        }
+        lines = getattr(record, "lines", None)
+        if lines is not None:
+            return "\n".join(_encode(_head(record, at) | fields) for at, fields in lines)
+        entry = _head(record, record.created)
         request = request_id.get()
         if request is not None:
             entry["request"] = request
@@ -49,19 +50,45 @@ class JsonFormatter(logging.Formatter):
         return _encode(entry)
 
 
-def _without_words(error: BaseException) -> str:
-    """A traceback in which exceptions say their type alone, causes first."""
-    chain: list[BaseException] = []
-    at: BaseException | None = error
-    while at is not None and at not in chain:
-        chain.append(at)
-        at = at.__cause__ or (None if at.__suppress_context__ else at.__context__)
-    parts = []
-    for one in reversed(chain):
-        kind = type(one)
-        frames = "".join(traceback.format_tb(one.__traceback__))
-        parts.append(f"{frames}{kind.__module__}.{kind.__qualname__}")
-    return "\n".join(parts)
+def info_lines(logger: logging.Logger, message: str, lines: Sequence[tuple[float, dict[str, Any]]]) -> None:
+    """Log several lines at INFO for the price of one: each its time (unix seconds) and what `extra` would be.
+
+    They are one record, with attribute `lines`. Nothing is added to them, not the id of a request either.
+    """
+    if logger.isEnabledFor(logging.INFO):
+        # Not logger.info, which would walk the stack to find the caller.
+        extra = {"lines": lines}
+        logger.handle(
+            logger.makeRecord(logger.name, logging.INFO, __file__, 0, message, (), None, extra=extra)
+        )
+
+
+def _head(record: logging.LogRecord, at: float) -> dict[str, object]:
+    return {
+        "time": f"{_second(int(at))}.{int(at % 1 * 1000):03}+00:00",
+        "level": record.levelname.lower(),
+        "logger": record.name,
+        "message": record.getMessage(),
+    }
+
+
+@lru_cache(maxsize=4)
+def _second(at: int) -> str:
+    return datetime.fromtimestamp(at, UTC).strftime("%Y-%m-%dT%H:%M:%S")
+
+
+def _without_words(error: BaseException, below: tuple[BaseException, ...] = ()) -> str:
+    """A traceback in which exceptions say their type alone: causes first, members of a group last."""
+    parts: list[str] = []
+    below = (*below, error)
+    cause = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
+    if cause is not None and cause not in below:
+        parts.append(_without_words(cause, below))
+    kind = type(error)
+    parts += [*traceback.format_tb(error.__traceback__), f"{kind.__module__}.{kind.__qualname__}"]
+    if isinstance(error, BaseExceptionGroup):
+        parts += [_without_words(member, below) for member in error.exceptions]
+    return "\n".join(part.rstrip("\n") for part in parts)
 
 
 def configure(level: str = "INFO") -> None:

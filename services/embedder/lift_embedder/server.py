@@ -121,7 +121,8 @@ def serve(config: ServeConfig) -> None:
 def bind(host: str, port: int) -> socket.socket:
     """A bound socket, so that a port in use is found before anything is loaded. Raises BadConfig."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    listener = socket.socket(family, socket.SOCK_STREAM)
+    # The protocol is named, so that asyncio knows it for TCP and sends answers without delay.
+    listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind((host, port))

@@ -17,6 +17,7 @@ from lift_cache import errors, wire
 from lift_cache.keys import caption_keys
 from lift_cache.recipe import Recipe
 from lift_cache.writer import CacheWriter
+from lift_embedder.access import has_entry
 from lift_embedder.answers import STATUS, status_of
 from lift_embedder.app import MOST_BODY_BYTES, create_app
 from lift_embedder.history import History
@@ -100,6 +101,10 @@ def test_a_body_beyond_the_limit_is_refused_even_when_it_does_not_say_its_length
     headers = {"content-type": "application/json"}
     for content in (b" " * (MOST_BODY_BYTES + 1), chunks()):
         assert http.post("/v1/embeddings", content=content, headers=headers).status_code == 413
+
+
+def test_every_route_has_its_scope(http: TestClient) -> None:
+    assert not [route.path for route in http.app.routes if not has_entry(route.path)]  # type: ignore[attr-defined]
 
 
 def test_every_expected_error_has_a_status_and_the_table_names_only_errors_that_exist() -> None:

@@ -364,8 +364,10 @@ def test_who_leaves_gives_the_place_back_and_what_others_want_stays(
     async def scenario(path: EmbeddingPath) -> None:
         going = asyncio.Event()
         faulty_engine.before = going.wait
-        busy = [asyncio.create_task(path.embed([f"a dog{' the' * n}"])) for n in range(2)]
-        await until(lambda: path.queue.rows == 2 and not len(path.queue))  # both workers wait for the engine
+        busy = []
+        for n in range(2):  # until both workers wait for the engine
+            busy.append(asyncio.create_task(path.embed([f"a dog{' the' * n}"])))
+            await until(lambda n=n: path.queue.rows == n + 1 and not len(path.queue))
         leaving = asyncio.create_task(path.embed(["a cat", "a red cat"]))
         await until(lambda: len(path.queue) == 2)
         staying = asyncio.create_task(path.embed(["a red cat"]))
