@@ -29,9 +29,9 @@ def lift_embed(*arguments: object, timeout: float = 120, **options: Any) -> subp
 class RunningServer:
     """A server process that was started; `url` once it listens."""
 
-    def __init__(self, cache: Path, log: Path, *flags: object) -> None:
+    def __init__(self, cache: Path, log: Path, *flags: object, port: int = 0) -> None:
         self.cache, self.log = cache, log
-        command = [*COMMAND, "serve", "--cache", str(cache), "--port", "0", *map(str, flags)]
+        command = [*COMMAND, "serve", "--cache", str(cache), "--port", str(port), *map(str, flags)]
         with log.open("w") as file:
             self.process = subprocess.Popen(command, stdout=file, stderr=file)
         self.url = self._wait_for_url()
@@ -148,10 +148,12 @@ def serve(tmp_path: Path, prepared: Callable[[str], Path]) -> Iterator[Callable[
     """Start servers that are gone, with all they started, when the test ends."""
     started: list[RunningServer] = []
 
-    def start(*flags: object, cache: Path | None = None, model: str = "minilm") -> RunningServer:
+    def start(
+        *flags: object, cache: Path | None = None, model: str = "minilm", port: int = 0
+    ) -> RunningServer:
         prepared(model)
         log = tmp_path / f"server-{len(started)}.log"
-        started.append(RunningServer(cache or tmp_path / "cache", log, "--model", model, *flags))
+        started.append(RunningServer(cache or tmp_path / "cache", log, "--model", model, *flags, port=port))
         return started[-1]
 
     yield start

@@ -103,8 +103,8 @@ class History:
         self.look: Look | None = None
 
     def now(self) -> float:
-        """Unix seconds, by a clock that is never set back."""
-        return self.started + time.monotonic() - self._began
+        """Unix seconds to the millisecond, by a clock that is never set back."""
+        return round(self.started + time.monotonic() - self._began, 3)
 
     # Points
 
@@ -169,7 +169,9 @@ class History:
 
     def error(self, status: int, code: str, message: str, request_id: str) -> None:
         """Remember an error answer. The message must hold no caption; it is cut and made safe to show."""
-        message = printable(message[:MESSAGE_CHARACTERS])[:MESSAGE_CHARACTERS]
+        message = message[:MESSAGE_CHARACTERS]
+        if not message.isprintable():
+            message = printable(message)[:MESSAGE_CHARACTERS]
         # A queue that is full refuses thousands, each with other numbers: they must not push out all else.
         kind = (status, code, re.sub(r"\d+", "0", message))
         now = self.now()

@@ -21,6 +21,8 @@ from pydantic import BaseModel, Field
 from lift_cache.keys import caption_keys, normalise
 from lift_cache.recipe import Recipe
 from lift_embedder import __version__
+from lift_embedder.access import Scope
+from lift_embedder.answers import documented
 from lift_embedder.history import INTERVAL, RATE_SECONDS, RECENT_SECONDS, Point, total
 from lift_embedder.neighbours import LEAST_ROWS, MOST_BYTES, MOST_SECONDS, Found, Search
 from lift_embedder.service import Service
@@ -203,7 +205,7 @@ def _per_second(count: int, seconds: float) -> float:
 def _series(points: list[Point]) -> Series:
     return Series(
         interval=INTERVAL,
-        at=[round(point.at, 3) for point in points],
+        at=[point.at for point in points],
         rows=[point.rows for point in points],
         bytes=[point.size for point in points],
         hits=[point.hits for point in points],
@@ -324,12 +326,12 @@ def _not_found(text: str, key: bytes, rows: int) -> Neighbours:
 
 
 def _summary(vector: np.ndarray) -> VectorSummary:
-    counts, edges = np.histogram(vector, bins=HISTOGRAM_BINS)
+    counts, _ = np.histogram(vector, bins=HISTOGRAM_BINS)
     return VectorSummary(
         dimensions=len(vector),
         norm=float(np.linalg.norm(vector)),
-        least=float(edges[0]),
-        greatest=float(edges[-1]),
+        least=float(vector.min()),
+        greatest=float(vector.max()),
         first=vector[:8].tolist(),
         histogram=counts.tolist(),
     )
@@ -345,7 +347,7 @@ def _note(asked: NeighbourRequest, found: Found) -> str | None:
 
 def may_embed(request: Request) -> bool:
     """Whether the request's API key reaches further than reading; without keys, everything is allowed."""
-    return request.scope.get("state", {}).get("scope") != "read"
+    return request.scope.get("state", {}).get("scope", Scope.ADMIN) >= Scope.EMBED
 
 
 # ------------------------------------------------------------------------------------------------- GET /
@@ -391,7 +393,7 @@ def page_router(service: Service) -> APIRouter:
     async def index() -> Response:
         return Response(page, media_type="text/html", headers=headers)
 
-    @router.get("/v1/stats")
+    @router.get("/v1/stats", tags=["page"], responses=documented(400))
     async def stats(
         response: Response,
         since: Annotated[
@@ -402,7 +404,7 @@ def page_router(service: Service) -> APIRouter:
         response.headers.update(COMMON_HEADERS)
         return await collect(service, since)
 
-    @router.post("/v1/neighbours")
+    @router.post("/v1/neighbours", tags=["page"], responses=documented(400, 408, 413, 415, 422, 429, 507))
     async def neighbours(asked: NeighbourRequest, request: Request, response: Response) -> Neighbours:
         """Embed a caption, store it, and compare it with all that is cached; one search at a time.
 
