@@ -102,6 +102,17 @@ def lmdb_errors(path: Path) -> Iterator[None]:
         ) from error
 
 
+@contextlib.contextmanager
+def _records(path: Path) -> Iterator[None]:
+    """A record that cannot be taken apart (not text, not JSON, of another size) is damage, whichever it is."""
+    try:
+        yield
+    except (ValueError, struct.error) as error:
+        raise CacheDamaged(
+            f"{path} has a record that cannot be read ({' '.join(str(error).split())}); run `lift-cache repair`"
+        ) from error
+
+
 @dataclass(frozen=True)
 class SegmentRows:
     """keys uint8 [n, 16] · tokens int32 [n] · truncated bool [n]."""
@@ -314,7 +325,7 @@ class LiveTier:
     @contextlib.contextmanager
     def _read(self) -> Iterator[lmdb.Transaction[bytes]]:
         """A read transaction."""
-        with self._reading(), self._env.begin() as txn:
+        with self._reading(), self._env.begin() as txn, _records(self.path):
             yield txn
 
     @contextlib.contextmanager
@@ -336,7 +347,7 @@ class LiveTier:
                 self._unsynced = False
             self._leaving = (set(), set())
             try:
-                with lmdb_errors(self.path), self._env.begin(write=True) as txn:
+                with lmdb_errors(self.path), self._env.begin(write=True) as txn, _records(self.path):
                     yield txn
             except BaseException:
                 self._suspect = True

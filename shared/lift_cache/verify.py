@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -153,6 +154,9 @@ def live_problems(path: Path) -> list[str]:
     ]
 
 
+SEGMENT_ID = re.compile(r"[0-9a-f]{32}")
+
+
 def walk_live(path: Path) -> Iterator[str]:
     """What is wrong with a cache's live tier, a line each; the last one is "checked: …".
 
@@ -200,6 +204,9 @@ def walk_live(path: Path) -> Iterator[str]:
         if unknown.any():
             yield f"{live.path}: {int(unknown.sum())} entries of the index point at segments that are not registered"
         yield from _wrong_locations(live.path, keys, locations, batches, segments, live.fresh_numbers())
+    for old, others in live.retired().items():
+        if not all(isinstance(name, str) and SEGMENT_ID.fullmatch(name) for name in (old, *others)):
+            yield f"{live.path}: the list of segments that others took the place of is damaged, at {old!r}"
     indexed, counted = live.rows(), live.fresh_counts()[0] + live.sealed_counts()[0]
     if indexed != counted and not live.pending():
         yield f"{live.path}: the index has {indexed} rows and the counts say {counted}"

@@ -253,14 +253,16 @@ def run(
         count, only_new = known[step]
         life = Life(materials, scratch, mine)
         killed = []
+        again = step.pattern.endswith(".arrow.*")
         if not only_new:
             killed.append(life.round(no_rule, 0.2, strays=False))
+        if again:  # puts the names into quarantine that are taken from now on
+            killed.append(life.round(no_rule, 0.2, strays=True))
         for _ in range(rounds):
             if only_new:
                 life.new()
             kill = mine.choice(KILLS if step.op in (Op.WRITE, Op.WRITE_SYNC) else KILLS[:2])
             arm = partial(rule, kill, step, mine.randrange(min(count, 6)))
-            again = step.pattern.endswith(".arrow.*")
             killed.append(life.round(arm, PATIENCE, strays=True, again=again))
         return [*killed, life.end()]
 

@@ -12,6 +12,7 @@ import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import lmdb
 import numpy as np
 import pytest
 
@@ -349,3 +350,20 @@ def test_a_full_disk_does_not_keep_a_cache_from_opening(
     with CacheWriter.open(tmp_path / "cache") as writer:
         put(writer, drawn, 10, 20)
         assert writer.rows == 20
+
+
+@pytest.mark.parametrize("table", ["retired", "segments", "pending", "batches", "counts"])
+def test_a_record_of_the_live_tier_that_is_nonsense_is_damage_that_verify_names(
+    table: str, tmp_path: Path, recipe: Recipe, vectors: Vectors
+) -> None:
+    with CacheWriter.open(tmp_path / "cache", recipe) as writer:
+        put(writer, vectors(20), 0, 10)
+        writer.seal()
+        put(writer, vectors(20), 10, 20)
+    with lmdb.open(str(tmp_path / "cache" / "live"), max_dbs=16) as env, env.begin(write=True) as txn:
+        txn.put(b"\xb8\xff", b"\xff nonsense", db=env.open_db(table.encode(), txn=txn, create=False))
+    assert verify(tmp_path / "cache").problems
+    with pytest.raises(CacheDamaged, match=r"repair|verify"), CacheWriter.open(tmp_path / "cache") as writer:
+        writer.stats()
+        writer.put(Rows(["another"], vectors(1), np.ones(1), np.zeros(1)))
+        writer.gc()
