@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from collections.abc import Callable
 
@@ -40,3 +41,9 @@ def vectors() -> Callable[..., np.ndarray]:
         return drawn / np.linalg.norm(drawn, axis=1, keepdims=True)
 
     return make
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _state(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """What `lift-embed fill` remembers between runs stays out of the user's directories."""
+    os.environ.setdefault("LIFT_STATE", str(tmp_path_factory.mktemp("state")))

@@ -26,21 +26,45 @@ def write_captions(path: Path, n: int) -> list[str]:
     return captions
 
 
+@pytest.fixture(autouse=True)
+def _state_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LIFT_STATE", str(tmp_path / "state"))
+
+
 def test_a_source_is_filled_once_and_again_costs_nothing(
     server: Any, tmp_path: Path, embed_command: Any
 ) -> None:
     captions = write_captions(tmp_path / "captions.txt", 300)
     summaries = []
-    for attempt in ("first", "again"):
-        out = tmp_path / f"{attempt}.json"
+    for attempt in ([], [], ["--recheck"]):
+        out = tmp_path / "summary.json"
         done = embed_command(
-            "fill", tmp_path / "captions.txt", "--server", server.url, "--summary", out, "--batch", 64
+            "fill",
+            tmp_path / "captions.txt",
+            "--server",
+            server.url,
+            "--summary",
+            out,
+            "--batch",
+            64,
+            *attempt,
         )
         assert done.returncode == 0, done.stderr
         summaries.append(json.loads(out.read_text()))
-    first, again = summaries
+    first, again, recheck = summaries
     assert (first["rows"], first["unique"], first["embedded"]) == (450, len(captions), len(captions))
-    assert (again["cached"], again["embedded"], again["tokens"]) == (len(captions), 0, 0)
+    assert (again["files_done"], again["rows_done"], again["rows"]) == (1, 450, 0)
+    assert (recheck["cached"], recheck["embedded"], recheck["tokens"]) == (len(captions), 0, 0)
+
+
+def test_a_dry_run_asks_the_server_what_it_has(server: Any, tmp_path: Path, embed_command: Any) -> None:
+    source = tmp_path / "captions.txt"
+    source.write_text("".join(f"dry caption {i}\n" for i in range(50)))
+    assert embed_command("fill", source, "--server", server.url).returncode == 0
+    source.write_text("".join(f"dry caption {i}\n" for i in range(80)))
+    done = embed_command("fill", source, "--server", server.url, "--dry-run")
+    assert done.returncode == 0 and "50 were cached, 30 to embed" in done.stdout
+    assert "on disk: about" in done.stderr and "of the last run into this cache" in done.stderr
 
 
 def test_bad_captions_are_named_and_counted_up_to_a_limit(

@@ -57,10 +57,14 @@ def serve(*, config: Annotated[ServeConfig, Parameter(name="*")]) -> None:
 
 @app.command
 def fill(*sources: str, config: Annotated[FillConfig, Parameter(name="*")] = FillConfig()) -> int:
-    """Put every caption of some sources into a server's cache, once. Running it again resumes.
+    """Put every caption of some sources into a cache, once. Running it again resumes.
 
-    Captions that are empty, not text or not UTF-8 are left out, and the exit status is 1 at the end; longer
-    ones than the model takes are truncated and counted.
+    Into the cache of a server that runs (`--server`), or into a directory (`--cache`, `--model` and the settings of
+    recipe and engine), with one engine or one on each of several `--devices`. Several hosts share the work with
+    `--shard 0/4` to `--shard 3/4`, each into a directory of its own; `lift-cache adopt MAIN */segments` joins them.
+
+    A file all of whose captions are there is not read again. Rows without a usable caption are left out, and the
+    exit status is 1 at the end; captions longer than the model takes are truncated and counted.
 
     Parameters
     ----------
@@ -69,7 +73,7 @@ def fill(*sources: str, config: Annotated[FillConfig, Parameter(name="*")] = Fil
     """
     from lift_embedder.fill import fill as run
 
-    if not sources:
+    if not sources and not (config.retry_failed and config.failed):
         raise BadConfig("name at least one source: a file, a glob, train-{000..010}.tar, or a folder")
     summary = run(sources, config)
     print(("dry run, nothing was sent: " if config.dry_run else "") + summary.text())
