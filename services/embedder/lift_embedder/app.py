@@ -14,6 +14,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator
+from typing import Any
 
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
@@ -49,6 +50,22 @@ class Version(BaseModel):
     engine: dict[str, str]
 
 
+class App(FastAPI):
+    """FastAPI documents a 422 for whatever it parses; here that is a 400, which every route documents itself."""
+
+    def openapi(self) -> dict[str, Any]:
+        fresh = self.openapi_schema is None
+        document = super().openapi()
+        if fresh:
+            for operations in document["paths"].values():
+                for operation in operations.values():
+                    if "HTTPValidationError" in str(operation["responses"].get("422")):
+                        del operation["responses"]["422"]
+            for name in ("HTTPValidationError", "ValidationError"):
+                document["components"]["schemas"].pop(name, None)
+        return document
+
+
 def create_app(
     service: Service,
     *,
@@ -77,7 +94,7 @@ def create_app(
         history.cancel()
         await service.path.aclose()
 
-    app = FastAPI(title="LIFT embedder", version=__version__, lifespan=lifespan, redoc_url=None)
+    app = App(title="LIFT embedder", version=__version__, lifespan=lifespan, redoc_url=None)
     for router in (embeddings_router, cache_router, page_router):
         app.include_router(router(service))
     app.add_middleware(Body, metrics=service.metrics, most_bytes=most_body_bytes, buffer_bytes=buffer_bytes)
@@ -122,7 +139,8 @@ def create_app(
     async def invalid(_: Request, error: RequestValidationError) -> Response:
         # Of the alternatives for `input`, the error that reaches deepest is about what the client sent.
         deepest = max(error.errors(), key=lambda found: len(_path(found["loc"])))
-        path = _path(deepest["loc"])
+        # Where JSON breaks, the location is a place in the text and no field.
+        path = [] if deepest["type"] == "json_invalid" else _path(deepest["loc"])
         param = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in path).lstrip(".")
         message = str(deepest["msg"]).removeprefix("Value error, ")
         return error_answer(400, f"{param or 'body'}: {message}", "invalid_request", param or None)
@@ -139,5 +157,6 @@ def _path(location: tuple[int | str, ...]) -> list[int | str]:
     return [
         part
         for part in location
-        if isinstance(part, int) or (part.isidentifier() and part not in {"body", "header", "str", "path"})
+        if isinstance(part, int)
+        or (part.isidentifier() and part not in {"body", "header", "query", "str", "path"})
     ]

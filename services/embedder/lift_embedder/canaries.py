@@ -21,7 +21,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from lift_cache.errors import BadCaption, CacheDamaged
 from lift_cache.files import write_atomic
 from lift_cache.keys import caption_keys
-from lift_cache.recipe import MOST_DRIFT
+from lift_cache.recipe import MOST_DRIFT, Recipe
 from lift_cache.segment import Segment, segment_ids
 from lift_cache.writer import CacheWriter
 from lift_embedder.engines import Engine
@@ -85,7 +85,7 @@ class Canaries(BaseModel):
             return min(MOST_DRIFT[dtype], TWIN_SHARE * twins)
         return MOST_DRIFT[dtype]
 
-    def disagreement(self, now: Canaries, dtype: str) -> str | None:
+    def disagreement(self, now: Canaries, recipe: Recipe) -> str | None:
         """Why the engine behind `now` must not add to a cache filled by the engine behind `self`, if so."""
         if now.token_ids != self.token_ids:
             which = next(
@@ -96,13 +96,16 @@ class Canaries(BaseModel):
         if then_nd.shape != now_nd.shape or not np.isfinite(now_nd).all():
             return "the engine gives canary vectors that are not finite or of another length"
         drift_n = 1 - (then_nd * now_nd).sum(1)
-        allowed = self.allowed_drift(dtype)
+        if not recipe.normalize:  # then a vector's length is part of it, which a cosine does not see
+            then_n, now_n = (np.linalg.norm(np.array(c.vectors, np.float64), axis=1) for c in (self, now))
+            drift_n += (now_n / then_n - 1) ** 2 / 2
+        allowed = self.allowed_drift(recipe.dtype)
         worst = int(drift_n.argmax())
         if drift_n[worst] <= allowed:
             return None
         return (
             f"the engine no longer agrees with the cache: canary {self.captions[worst]!r} moved by "
-            f"{drift_n[worst]:.2g} (1 - cosine; at most {allowed:.2g} in {dtype}); "
+            f"{drift_n[worst]:.2g} (1 - cosine; at most {allowed:.2g} in {recipe.dtype}); "
             f"then {_versions(self.engine)}, now {_versions(now.engine)}"
         )
 
@@ -135,9 +138,14 @@ async def check(cache: CacheWriter, engine: Engine, tokenizer: CaptionTokenizer)
     then = Canaries.load(path)
     if then is not None and then.fingerprint != cache.recipe.fingerprint:
         return f"{path} was made with another recipe than this cache; restore it from a copy of the cache"
+    if then is None and not engine.verified and not cache.recipe.declared:
+        return (
+            "its recipe is verified and it has no canaries that could vouch for servers that run elsewhere; serve "
+            "it once with --engine vllm or transformers, or let --engine openai make a cache of its own"
+        )
     now = await Canaries.measure(engine, tokenizer, then.captions if then else CAPTIONS)
     if then is not None:
-        return then.disagreement(now, tokenizer.recipe.dtype)
+        return then.disagreement(now, tokenizer.recipe)
     if not np.isfinite(np.array(now.vectors)).all() or not np.array(now.vectors).any(1).all():
         return "the engine gives canary vectors that are zero or not finite"
     trouble = await _disagreement_with_rows(cache, engine, tokenizer, now) if cache.rows else None

@@ -39,6 +39,8 @@ class EngineOptions(RecipeOptions):
     "With `--engine openai`: URLs of the servers that compute."
     upstream_model: str | None = None
     "What they call the model; asked of them when not given."
+    upstream_input: Literal["ids", "text"] = "ids"
+    "What they are sent: token ids, or text, for servers that take no ids (some captions cannot be sent so)."
     upstream_key_file: Path | None = None
     "File with their API key; or LIFT_UPSTREAM_KEY."
 

@@ -80,12 +80,15 @@ def home() -> Path:
     return Path(configured).expanduser() if configured else platformdirs.user_cache_path("lift")
 
 
-def resolve(name: str, *, revision: str | None = None, trust_remote_code: bool = False) -> Model:
+def resolve(
+    name: str, *, revision: str | None = None, trust_remote_code: bool = False, weights: bool = True
+) -> Model:
     """Find a model's files and read what the recipe needs from them.
 
     Args:
         name: named recipe, local folder or hub id.
         revision: branch, tag or commit of a hub model; a commit is loaded exactly.
+        weights: fetch a hub model's weights, without which nothing can be computed here.
 
     Raises:
         ModelNotFound: not prepared, not on this disk, not on the hub.
@@ -111,7 +114,7 @@ def resolve(name: str, *, revision: str | None = None, trust_remote_code: bool =
         raise BadConfig(
             f"{name} runs code from its repository; read that code, then allow it with --trust-remote-code"
         )
-    folder = _download(repository, revision, code=remote_code)
+    folder = _download(repository, revision, code=remote_code, weights=weights)
     commit = folder.name
     facts = _facts(folder, commit, commit, commit if remote_code else None)
     return Model(repository, folder, facts, named or _recipe_of(repository))
@@ -246,7 +249,7 @@ def _facts(folder: Path, revision: str, tokenizer_revision: str, code_revision: 
 # Hugging Face
 
 
-def _download(repository: str, revision: str | None, *, code: bool) -> Path:
+def _download(repository: str, revision: str | None, *, code: bool, weights: bool) -> Path:
     """Folder of one commit in the hub's own cache, whose name is the commit. Raises ModelNotFound."""
     import huggingface_hub
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
@@ -258,15 +261,15 @@ def _download(repository: str, revision: str | None, *, code: bool) -> Path:
         return Path(found)
 
     try:
-        folder = fetch(*CONFIG, *TOKENIZER, *WEIGHTS, *(("*.py",) if code else ()))
-        if not _files(folder, WEIGHTS):
+        folder = fetch(*CONFIG, *TOKENIZER, *(WEIGHTS if weights else ()), *(("*.py",) if code else ()))
+        if weights and not _files(folder, WEIGHTS):
             folder = fetch(*CONFIG, *TOKENIZER, *PICKLED_WEIGHTS)
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
         at = f" at {revision}" if revision else ""
         raise ModelNotFound(
             f"{repository}{at} is not to be had from the hub: {' '.join(str(error).split())}"
         ) from error
-    if not _files(folder, WEIGHTS) and not _files(folder, PICKLED_WEIGHTS):
+    if weights and not _files(folder, WEIGHTS) and not _files(folder, PICKLED_WEIGHTS):
         raise ModelNotFound(f"{repository} has no weights in the hub's cache; go online once to fetch them")
     return folder
 

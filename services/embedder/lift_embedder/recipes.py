@@ -114,7 +114,14 @@ class ModelFacts:
     "Longest input the model takes, in tokens."
 
 
-def build_recipe(named: NamedRecipe | None, model: str, facts: ModelFacts, options: RecipeOptions) -> Recipe:
+def build_recipe(
+    named: NamedRecipe | None,
+    model: str,
+    facts: ModelFacts,
+    options: RecipeOptions,
+    *,
+    declared: bool = False,
+) -> Recipe:
     """Join what the authors prescribe, what the files say and what the user asked for.
 
     Inputs stay one token below the model's context: vLLM never finishes a request that fills it exactly.
@@ -161,5 +168,6 @@ def build_recipe(named: NamedRecipe | None, model: str, facts: ModelFacts, optio
         code_revision=facts.code_revision,
         tokenizer_revision=facts.tokenizer_revision,
         dimensions=facts.dimensions,
+        declared=declared,
         **fields,
     )

@@ -12,6 +12,7 @@ import socket
 import sys
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from types import FrameType
 
 import uvicorn
@@ -20,11 +21,12 @@ from lift_cache.encoding import Encoding
 from lift_cache.errors import BadConfig, CacheNotFound
 from lift_cache.recipe import Recipe
 from lift_cache.writer import CacheWriter
-from lift_embedder import __version__, logs, models
+from lift_embedder import __version__, canaries, logs, models
 from lift_embedder.access import ENVIRONMENT, Keys, is_loopback, refuse_open_listening
 from lift_embedder.app import create_app
 from lift_embedder.config import ServeConfig
 from lift_embedder.engines import create_engine, resolve_kind
+from lift_embedder.engines.openai_engine import Fleet, read_key, text_for
 from lift_embedder.history import History
 from lift_embedder.metrics import Metrics
 from lift_embedder.path import EmbeddingPath
@@ -50,18 +52,29 @@ def serve(config: ServeConfig) -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # until the server takes over: nothing is under way
     keys = Keys.load(config.keys_file, os.environ.pop(ENVIRONMENT, ""))
     refuse_open_listening(config.host, keys, config.insecure)
+    fleet = _fleet(config)
     listener = bind(config.host, config.port)
     model = models.resolve(
-        config.model, revision=_revision_of(config), trust_remote_code=config.trust_remote_code
+        config.model,
+        revision=_revision_of(config),
+        trust_remote_code=config.trust_remote_code,
+        weights=fleet is None,
     )
-    recipe = build_recipe(model.named, model.name, model.facts, config)
+    recipe = build_recipe(model.named, model.name, model.facts, config, declared=_declared(config))
     encoding = Encoding(dtype=config.store, dimensions=recipe.dimensions) if config.store else None
     with CacheWriter.open(config.cache, recipe, encoding) as cache:
         kind = resolve_kind(config.engine, recipe)
-        tokenizer = CaptionTokenizer(recipe, models.load_tokenizer(model))
+        loaded = models.load_tokenizer(model)
+        tokenizer = CaptionTokenizer(recipe, loaded)
+        if fleet is not None:
+            fleet = replace(
+                fleet,
+                witnesses=[row.ids for row in tokenizer(canaries.CAPTIONS)],
+                as_text=text_for(loaded) if config.upstream_input == "text" else None,
+            )
         metrics = Metrics()
         supervisor = Supervisor(
-            lambda: create_engine(kind, model.folder, recipe, batch_tokens=config.batch_tokens),
+            lambda: create_engine(kind, model.folder, recipe, batch_tokens=config.batch_tokens, fleet=fleet),
             tokenizer,
             cache,
             metrics,
@@ -136,14 +149,40 @@ def bind(host: str, port: int) -> socket.socket:
     return listener
 
 
-def _revision_of(config: ServeConfig) -> str | None:
-    """The commit to load: a branch or tag is resolved once, when the cache is created."""
+def _recorded(config: ServeConfig) -> Recipe | None:
+    """The recipe of the cache, if it is there already."""
     try:
-        recorded = Recipe.load(config.cache / "recipe.json")
+        return Recipe.load(config.cache / "recipe.json")
     except FileNotFoundError:
-        return config.revision
+        return None
     except NotADirectoryError:
         raise CacheNotFound(f"--cache {config.cache} is a file; a cache is a directory") from None
+
+
+def _declared(config: ServeConfig) -> bool:
+    """Whether the recipe is only declared: of a new cache, where the engine does not load the weights itself.
+
+    A cache that is there stays what it is, whichever engine adds to it: the canaries decide whether it may.
+    """
+    recorded = _recorded(config)
+    return config.engine == "openai" if recorded is None else recorded.declared
+
+
+def _fleet(config: ServeConfig) -> Fleet | None:
+    """The upstream servers of `--engine openai`. Raises BadConfig."""
+    if config.engine == "openai":
+        key, seconds = read_key(config.upstream_key_file), config.batch_seconds / 3
+        return Fleet(config.upstream, model=config.upstream_model, key=key, seconds=seconds)
+    if config.upstream:
+        raise BadConfig("--upstream names servers that compute; it goes with --engine openai")
+    return None
+
+
+def _revision_of(config: ServeConfig) -> str | None:
+    """The commit to load: a branch or tag is resolved once, when the cache is created."""
+    recorded = _recorded(config)
+    if recorded is None:
+        return config.revision
     repository = models.repository_of(config.model)
     if repository is None or repository != recorded.model:
         return config.revision

@@ -117,6 +117,9 @@ class Supervisor:
                 self._down("the engine died and is being restarted", pause)
             except LiftError as error:
                 self._down(f"the engine did not start ({error}); trying again", pause)
+            except TimeoutError:
+                said = f"it did not embed the canaries within {self._batch_seconds:g} s"
+                self._down(f"the engine did not start ({said}); trying again", pause)
             except Exception as error:
                 log.exception("starting the engine failed")
                 said = " ".join(f"{type(error).__name__}: {error}".split())
@@ -134,7 +137,8 @@ class Supervisor:
         began = time.monotonic()
         await engine.start()
         self.description = engine.describe()
-        self.read_only = await canaries.check(self._cache, engine, self._tokenizer)
+        async with asyncio.timeout(self._batch_seconds):  # one that hangs here would keep its place for ever
+            self.read_only = await canaries.check(self._cache, engine, self._tokenizer)
         if self.read_only is None:
             self._cache.note_provenance(self.description)
         self._start_seconds = time.monotonic() - began

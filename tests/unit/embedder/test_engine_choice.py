@@ -20,10 +20,12 @@ def test_auto_takes_vllm_where_it_is_installed(recipe: Recipe) -> None:
 def test_auto_falls_back_where_vllm_does_not_load_and_says_so(
     recipe: Recipe, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
+    load = importlib.import_module
+
     def broken(name: str, package: str | None = None) -> object:
         if name.endswith("vllm_engine"):
             raise ImportError("undefined symbol")
-        return importlib.__import__(name)
+        return load(name, package)
 
     monkeypatch.setattr("importlib.import_module", broken)
     with caplog.at_level(logging.WARNING):

@@ -59,6 +59,15 @@ def test_a_recorded_commit_is_loaded_although_the_branch_has_moved(hub: Path) ->
     assert found.facts.revision == found.folder.name == COMMIT
 
 
+def test_where_nothing_is_computed_a_hub_model_needs_no_weights_and_keeps_its_revision(hub: Path) -> None:
+    whole = models.resolve("some/model").facts
+    for file in hub.rglob("*.safetensors"):
+        file.unlink()
+    assert models.resolve("some/model", weights=False).facts == whole
+    with pytest.raises(ModelNotFound, match="no weights"):
+        models.resolve("some/model")
+
+
 def test_a_hub_model_that_cannot_be_had_is_one_line(hub: Path) -> None:
     with pytest.raises(ModelNotFound, match="another/model") as refused:
         models.resolve("another/model")

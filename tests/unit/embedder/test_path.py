@@ -170,6 +170,27 @@ def test_an_engine_that_hangs_is_given_up(play: Callable[..., None], faulty_engi
     play(scenario, batch_seconds=0.1)
 
 
+def test_an_engine_that_hangs_at_the_canaries_is_given_up(
+    tmp_path: Path, recipe: Recipe, faulty_engine: Any, tiny_tokenizer: Callable[..., Any]
+) -> None:
+    tokenizer = CaptionTokenizer(recipe, tiny_tokenizer(eos="</s>"))
+    faulty_engine.before = lambda: asyncio.sleep(60)
+
+    async def main() -> None:
+        with CacheWriter.open(tmp_path / "cache", recipe) as cache:
+            engine = Supervisor(lambda: faulty_engine, tokenizer, cache, Metrics(), batch_seconds=0.1)
+            engine.start()
+            async with asyncio.timeout(10):
+                while "did not embed the canaries" not in engine.state["state"]:
+                    await asyncio.sleep(0.02)
+                faulty_engine.before = None
+                while not engine.ready:
+                    await asyncio.sleep(0.02)
+            await engine.aclose()
+
+    asyncio.run(main())
+
+
 def test_an_engine_that_no_longer_agrees_makes_the_cache_read_only(
     play: Callable[..., None], faulty_engine: Any
 ) -> None:

@@ -268,7 +268,7 @@ def cache_router(service: Service) -> APIRouter:
         """Remove all snapshots but the newest."""
         return RemovedSnapshots(removed=await service.maintain(cache.keep_snapshots, asked.newest))
 
-    @router.delete("/v1/admin/snapshots/{snapshot_id}", tags=["admin"], responses=documented(404))
+    @router.delete("/v1/admin/snapshots/{snapshot_id}", tags=["admin"], responses=documented(400, 404))
     async def remove(
         snapshot_id: Annotated[str, Path(min_length=1, max_length=64, pattern=r"^[0-9a-f-]+$")],
     ) -> RemovedSnapshots:

@@ -7,7 +7,7 @@ import importlib.util
 import logging
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
 import numpy as np
 
@@ -15,7 +15,11 @@ from lift_cache.errors import BadConfig, EngineUnavailable
 from lift_cache.recipe import Recipe
 from lift_embedder.runtime import prepare_for_engine
 
-EngineKind = Literal["auto", "vllm", "transformers"]
+if TYPE_CHECKING:
+    from lift_embedder.engines.openai_engine import Fleet
+
+EngineKind = Literal["auto", "vllm", "transformers", "openai"]
+Chosen = Literal["vllm", "transformers", "openai"]
 
 log = logging.getLogger(__name__)
 
@@ -26,13 +30,18 @@ class Engine(Protocol):
     An engine that has failed stays failed: close it and create another.
     """
 
+    verified: bool
+    """Whether the engine loads the weights that the recipe names. One that does not may add to a cache that was
+    filled by one that does, when the canaries agree, but never sets that cache's standard."""
+
     async def start(self) -> None:
         """Load the model. Raises EngineUnavailable."""
 
     async def embed(self, inputs: Sequence[list[int]]) -> np.ndarray:
         """Token ids of n texts to float32 [n, recipe.dimensions].
 
-        The vector of a text does not depend on what else is in the call. Raises EngineUnavailable.
+        The vector of a text does not depend on what else is in the call; it is NaN for a text that the engine
+        does not take. Raises EngineUnavailable.
         """
 
     def healthy(self) -> bool:
@@ -45,7 +54,7 @@ class Engine(Protocol):
         """Software, versions and device: provenance of the vectors, beside the recipe."""
 
 
-def resolve_kind(kind: EngineKind, recipe: Recipe) -> Literal["vllm", "transformers"]:
+def resolve_kind(kind: EngineKind, recipe: Recipe) -> Chosen:
     """Settle `auto`: vLLM, unless it is not installed, does not load, or does not serve this kind of model.
 
     Raises:
@@ -54,8 +63,10 @@ def resolve_kind(kind: EngineKind, recipe: Recipe) -> Literal["vllm", "transform
     """
     if recipe.hidden_layer != -1 or not recipe.final_norm:
         raise BadConfig(
-            "both engines read the last layer after the final norm; the recipe asks for another state"
+            "the engines read the last layer after the final norm; the recipe asks for another state"
         )
+    if kind == "openai":
+        return kind
     if recipe.pooling == "model":
         if kind == "vllm":
             raise BadConfig(
@@ -91,14 +102,20 @@ def _loaded(kind: Literal["vllm", "transformers"]) -> Literal["vllm", "transform
 
 
 def create_engine(
-    kind: Literal["vllm", "transformers"], model: Path, recipe: Recipe, *, batch_tokens: int
+    kind: Chosen, model: Path, recipe: Recipe, *, batch_tokens: int, fleet: Fleet | None = None
 ) -> Engine:
     """An engine that is not started yet, of a kind that `resolve_kind` has settled.
 
     Args:
         model: folder with weights, config and tokenizer.
         batch_tokens: tokens that the engine computes at a time.
+        fleet: the servers of the engine `openai`.
     """
+    if kind == "openai":
+        from lift_embedder.engines.openai_engine import OpenAIEngine
+
+        assert fleet is not None
+        return OpenAIEngine(recipe, fleet)
     prepare_for_engine()
     if kind == "vllm":
         from lift_embedder.engines.vllm_engine import VllmEngine

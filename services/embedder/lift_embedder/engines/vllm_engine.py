@@ -39,6 +39,8 @@ _STARTER = ThreadPoolExecutor(1, thread_name_prefix="engine-start")
 class VllmEngine:
     """See `Engine`."""
 
+    verified = True
+
     def __init__(self, model: Path, recipe: Recipe, *, batch_tokens: int) -> None:
         self.recipe = recipe
         self._arguments: dict[str, Any] = {
