@@ -33,11 +33,11 @@ fast-trainer:
 test-tools: setup  ## what lift-cache does with real caches: convert, repair, plan, move (two minutes)
 	$(E)/pytest -q --durations=5 tests/tools tests/torture/test_disk.py
 
-test-service: setup  ## the real vLLM engine, a real server, kill -9 and full disks
-	$(E)/pytest -q --durations=5 tests/crash tests/service
+test-service: setup  ## the real vLLM engine, a real server and browser, kill -9, full disks, overload
+	$(E)/pytest -q --durations=8 --ignore=tests/crash/test_training_killed.py tests/crash tests/service
 
-test-e2e: setup  ## captions → server → cache → trainer → report, in small
-	$(T)/pytest -q --durations=5 tests/e2e
+test-e2e: setup  ## captions → server → cache → trainer → report, in small; a trainer killed again and again
+	$(T)/pytest -q --durations=5 tests/e2e tests/crash/test_training_killed.py
 
 torture: setup  ## try to break what docs/cache.md promises: power loss, kill -9, damage, full disks (an hour)
 	$(E)/python tests/torture --full

@@ -7,22 +7,32 @@ sample), so neither the number of workers nor the size of a part changes anythin
 
 from __future__ import annotations
 
+import multiprocessing
 import signal
+import sys
+import threading
+import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from multiprocessing.connection import wait
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from lift_cache.errors import LiftError
-from lift_trainer.images import ImageStore
+from lift_trainer.images import NOTHING, ImageStore
+from lift_trainer.read_ahead import ReadAhead
 from lift_trainer.sampling import Sampler, choose_caption
 from lift_trainer.text import TextVectors
 
 PART = 512
 """Samples that a worker makes at a time."""
+
+
+class WorkerDied(RuntimeError):
+    """A process that reads images ended; the text says how, and what it was reading."""
 
 
 class Batch(NamedTuple):
@@ -55,7 +65,7 @@ class Batch(NamedTuple):
 
 @dataclass(frozen=True)
 class Batches(Dataset[Batch | LiftError]):
-    """Item `step · parts + p` is part p of the batch of a step."""
+    """Item `step · parts + p` is part p of the share that this process has in the batch of a step."""
 
     images: ImageStore
     text: TextVectors
@@ -63,54 +73,146 @@ class Batches(Dataset[Batch | LiftError]):
     seed: int
     image_size: int
     max_bad: int
+    share: slice | None = None
+    """Which places of the global batch are this process's (`Sampler.share`); None: all."""
 
     @property
     def parts(self) -> int:
         """Parts of a batch."""
-        return -(-self.sampler.batch_size // PART)
+        return -(-len(self._places) // PART)
+
+    @property
+    def _places(self) -> range:
+        return range(self.sampler.batch_size)[self.share or slice(None)]
 
     def stream(self, start: int, stop: int, workers: int, device: torch.device) -> Iterator[Batch]:
         """Batches of steps start … stop − 1, in order, on the device.
 
+        The death of a worker is said on stderr when it happens; it ends the stream at the next batch, never in the
+        middle of an update.
+
         Raises:
-            LiftError: what ended a worker's part (too many broken images, a damaged cache).
-            RuntimeError, OSError, EOFError: a worker died.
+            LiftError: what ended a worker's part (too many broken images, a damaged cache, an object store).
+            WorkerDied: a worker ended.
+            RuntimeError, OSError, EOFError: what else goes wrong between processes.
         """
+        # Anonymous shared memory, which workers inherit: one number each.
+        at = torch.full((max(workers, 1),), NOTHING, dtype=torch.int64).share_memory_()
         loader = DataLoader(
-            self,
+            replace(self, images=replace(self.images, at=at.numpy())),
             batch_size=None,
             sampler=range(start * self.parts, stop * self.parts),
             num_workers=workers,
             prefetch_factor=4 if workers else None,
             collate_fn=_as_it_is,
             pin_memory=device.type == "cuda",
-            worker_init_fn=_leave_signals_to_the_parent,
+            worker_init_fn=_begin_worker,
         )
         arriving = iter(loader)
+        deaths = _Deaths(self, getattr(arriving, "_workers", []), at.numpy())
         if workers:
-            # torch's handler raises the death of a worker anywhere, in the middle of an update too; next()
-            # finds it as well, between two steps.
+            # torch's handler raises the death of a worker anywhere, in the middle of an update too.
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-        for _ in range(start, stop):
-            yield Batch.join([_checked(next(arriving)).to(device) for _ in range(self.parts)])
+        with deaths:
+            for _ in range(start, stop):
+                parts = []
+                for _ in range(self.parts):
+                    deaths.require_none()
+                    try:
+                        parts.append(_checked(next(arriving)).to(device))
+                    except (RuntimeError, OSError, EOFError):
+                        deaths.require_none()
+                        raise
+                yield Batch.join(parts)
 
     def __getitem__(self, item: int) -> Batch | LiftError:
         """A part, or the error that ends the run: raised here, a worker would wrap it in its own traceback."""
         step, part = divmod(item, self.parts)
+        places = self._places[part * PART : (part + 1) * PART]
+        which = slice(places.start, places.stop)
         try:
-            return self._part(step, slice(part * PART, (part + 1) * PART))
+            _read_ahead(self).of(step, which)
+            return self._part(step, which)
         except LiftError as error:
             return error
 
     def _part(self, step: int, which: slice) -> Batch:
         index, epoch = self.images.index, self.sampler.epoch_of(step)
         samples, pixels, bad = self.images.train_views(
-            self.sampler.batch(step)[which], self.seed, epoch, self.image_size, self.max_bad
+            self.sampler.batch(step, which), self.seed, epoch, self.image_size, self.max_bad
         )
         chosen = choose_caption(self.seed, epoch, samples, index.caption_counts(samples))
         captions = index.pairs[index.first[samples] + chosen]
         text = torch.from_numpy(np.ascontiguousarray(self.text.gather(captions)))
         return Batch(pixels, text, torch.from_numpy(captions), list(bad.items()))
+
+
+class _Deaths:
+    """Watches the worker processes while the trainer computes."""
+
+    def __init__(self, batches: Batches, workers: list[Any], at: np.ndarray) -> None:
+        self._index, self._workers, self._at = batches.images.index, workers, at
+        self._first: str | None = None
+        self._closing, self._close = multiprocessing.Pipe(duplex=False)
+        self._thread = threading.Thread(target=self._watch, name="watch workers", daemon=True)
+
+    def __enter__(self) -> _Deaths:
+        if self._workers:
+            self._thread.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._close.close()
+        if self._workers:
+            self._thread.join()
+        self._closing.close()
+
+    def require_none(self) -> None:
+        """Raises WorkerDied."""
+        if self._first is None:
+            self._first = next(
+                (self._obituary(w) for w, worker in enumerate(self._workers) if worker.exitcode), None
+            )
+        if self._first is not None:
+            raise WorkerDied(self._first)
+
+    def _watch(self) -> None:
+        by_sentinel = {worker.sentinel: number for number, worker in enumerate(self._workers)}
+        while by_sentinel:
+            ended = wait([*by_sentinel, self._closing])
+            if self._closing in ended:
+                return
+            for sentinel in ended:
+                number = by_sentinel.pop(sentinel)
+                if self._ended_badly(number) and self._first is None:
+                    self._first = self._obituary(number)
+                    print(f"a process that reads images died: {self._first}", file=sys.stderr, flush=True)
+
+    def _ended_badly(self, number: int) -> bool:
+        """The sentinel comes a moment before the exit status."""
+        for _ in range(100):
+            if (code := self._workers[number].exitcode) is not None:
+                return code != 0
+            time.sleep(0.01)
+        return False
+
+    def _obituary(self, number: int) -> str:
+        worker, sample = self._workers[number], int(self._at[number])
+        code = worker.exitcode
+        how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"ended with status {code}"
+        doing = f"while it read {self._index.where(sample)}" if sample != NOTHING else "between two images"
+        return f"process {worker.pid} was {how} {doing}"
+
+
+_reading_ahead: ReadAhead | None = None
+"""Of this process."""
+
+
+def _read_ahead(batches: Batches) -> ReadAhead:
+    global _reading_ahead  # noqa: PLW0603
+    if _reading_ahead is None or not _reading_ahead.serves(batches.images, batches.sampler):
+        _reading_ahead = ReadAhead(batches.images, batches.sampler)
+    return _reading_ahead
 
 
 def _checked(part: Batch | LiftError) -> Batch:
@@ -123,8 +225,13 @@ def _as_it_is(part: Any) -> Any:
     return part
 
 
-def _leave_signals_to_the_parent(worker: int) -> None:
+def _begin_worker(worker: int) -> None:
     """Ctrl-C and a scheduler's SIGTERM reach the whole process group; only the training process answers, with
     a checkpoint, for which its workers must still be there. They end when it does."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    info = get_worker_info()
+    assert info is not None
+    images: ImageStore = info.dataset.images  # type: ignore[attr-defined]
+    assert images.at is not None
+    images.at = images.at[worker : worker + 1]

@@ -11,8 +11,11 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
 import sys
 from dataclasses import dataclass
+from functools import lru_cache
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
 
@@ -67,6 +70,7 @@ class State(BaseModel):
     bad: dict[str, str]
     """Broken samples met so far: place → reason."""
     libraries: dict[str, str]
+    """Versions; that of lift-trainer with the commit, where it runs from a checkout."""
     files: dict[str, str] = {}
     """Name → BLAKE2b-128 of the files beside this one."""
 
@@ -128,7 +132,8 @@ def save_checkpoint(
             )
             transform.save(temporary / TRANSFORM)
             digests = {name: digest_file(temporary / name) for name in (MODEL, OPTIMIZER, TRANSFORM)}
-            state = state.model_copy(update={"files": digests})
+            libraries = state.libraries | {"lift-trainer": code_version()}
+            state = state.model_copy(update={"files": digests, "libraries": libraries})
             (temporary / STATE).write_text(state.model_dump_json(indent=2) + "\n")
             for path in temporary.iterdir():
                 sync_file(path)
@@ -146,6 +151,35 @@ def save_checkpoint(
     for old in torn + others[len(torn) + keep - 1 :]:
         shutil.rmtree(old)
     return Checkpoint(final, state)
+
+
+@lru_cache(maxsize=1)
+def code_version() -> str:
+    """`0.1.0`, or `0.1.0 (v0.1-7-gc4dde26-dirty)` in a checkout that has this file."""
+    try:
+        released = version("lift-trainer")
+    except PackageNotFoundError:
+        released = "unknown"
+    here = Path(__file__).resolve()
+    # An environment may lie inside of somebody else's checkout, so the file itself must belong to it.
+    told = [
+        _git(here.parent, *words)
+        for words in (
+            ("ls-files", "--error-unmatch", here.name),
+            ("describe", "--always", "--dirty", "--tags"),
+        )
+    ]
+    return f"{released} ({told[1]})" if all(told) else released
+
+
+def _git(where: Path, *words: str) -> str | None:
+    try:
+        ended = subprocess.run(
+            ["git", "-C", str(where), *words], capture_output=True, text=True, timeout=10, check=True
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return ended.stdout.strip() or None
 
 
 def latest_name(run: Path) -> str | None:

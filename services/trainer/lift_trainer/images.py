@@ -33,6 +33,9 @@ MAX_ASPECT = 200
 AT_ONCE = 32 << 20
 """Bytes of decoded images that wait for their crops, so that small images still share the choice of boxes."""
 
+NOTHING = -1
+"""In `ImageStore.at`: no sample is being read or decoded."""
+
 Image.MAX_IMAGE_PIXELS = None  # `decode` has its own limit; Pillow's would only warn
 
 
@@ -95,6 +98,8 @@ class ImageStore:
     index: Index
     max_pixels: int
     preloaded: Preloaded | None = None
+    at: np.ndarray | None = None
+    """int64 [1], shared with the training process: the sample being read or decoded, for when this is the last."""
 
     def pixels(self, sample: int) -> torch.Tensor:
         """uint8 [3, height, width]. Raises BadImage."""
@@ -142,10 +147,14 @@ class ImageStore:
                 done = slice(place + 1 - len(waiting), place + 1)
                 _crop(waiting, views[done], seed, epoch, used[done])
                 waiting, held = [], 0
+        if self.at is not None:
+            self.at[0] = NOTHING
         return used, views, bad
 
     def _readable(self, sample: int, bad: dict[int, str], max_bad: int) -> tuple[int, torch.Tensor]:
         while True:
+            if self.at is not None:
+                self.at[0] = sample
             try:
                 return sample, self.pixels(sample)
             except BadImage as error:

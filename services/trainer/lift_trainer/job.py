@@ -18,7 +18,7 @@ from lift_trainer.checkpoint import (
     refuse_other_inputs,
 )
 from lift_trainer.config import Span, TrainConfig, TransformSpec
-from lift_trainer.losses import Cosine, InfoNCE, build_loss
+from lift_trainer.losses import Loss, build_loss
 from lift_trainer.optim import CosineSchedule, scaled_lr
 from lift_trainer.rejects import Rejects
 from lift_trainer.samples import Index, build_index
@@ -31,7 +31,7 @@ from lift_trainer.transform import TextTransform, fit_transform
 class LiftModel(nn.Module):
     """Everything that is trained: the image tower and the loss's temperature."""
 
-    def __init__(self, tower: ImageTower, loss: InfoNCE | Cosine) -> None:
+    def __init__(self, tower: ImageTower, loss: Loss) -> None:
         super().__init__()
         self.tower = tower
         self.loss = loss

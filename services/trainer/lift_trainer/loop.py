@@ -18,9 +18,9 @@ import timm
 import torch
 from torch import nn
 
-from lift_cache.errors import CacheLocked, LiftError
+from lift_cache.errors import CacheLocked, LiftError, ServerUnavailable
 from lift_cache.files import write_atomic
-from lift_trainer.batches import Batches
+from lift_trainer.batches import Batches, WorkerDied
 from lift_trainer.checkpoint import Checkpoint, State, latest_name, save_checkpoint
 from lift_trainer.config import TrainConfig
 from lift_trainer.images import GIB, ImageStore
@@ -100,12 +100,15 @@ def _train(job: Job) -> Outcome:
             with metrics.waiting():
                 try:
                     batch = next(arriving)
-                except (RuntimeError, OSError, EOFError) as error:
-                    if not workers or "in DataLoader worker process" in str(error):
+                except (RuntimeError, OSError, EOFError, ServerUnavailable) as error:
+                    from_store = isinstance(error, ServerUnavailable)
+                    if not from_store and (not workers or "in DataLoader worker process" in str(error)):
                         raise
                     if checkpoint is None or checkpoint.state.step < step:
                         checkpoint = save(step)
-                    raise _worker_died(step, checkpoint) from None
+                    if from_store:
+                        raise ServerUnavailable(f"{error}; saved as {checkpoint.path}") from None
+                    raise _worker_died(step, checkpoint, error) from None
             job.left_out(batch.bad)
 
             torch.manual_seed(torch_seed(config.seed, step))
@@ -152,10 +155,11 @@ def _require_finite(loss: float, grad_norm: float, step: int, checkpoint: Checkp
     raise LiftError(f"{what} at step {step}; {before}; try a lower --lr or a longer --warmup")
 
 
-def _worker_died(step: int, saved: Checkpoint) -> LiftError:
+def _worker_died(step: int, saved: Checkpoint, error: Exception) -> LiftError:
+    how = f"{error}; " if isinstance(error, WorkerDied) else ""
     return LiftError(
-        f"a process that reads images died after step {step} (short of memory?); saved as {saved.path}; "
-        "run the same command again with fewer --workers"
+        f"a process that reads images died after step {step} ({how}short of memory?); saved as {saved.path}; "
+        "run the same command again, with fewer --workers if it was short of memory"
     )
 
 

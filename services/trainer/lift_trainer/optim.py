@@ -1,16 +1,31 @@
-"""AdamW as in the paper: 1e-3, weight decay 0.2 but not on 1-d parameters, betas 0.9/0.98, cosine schedule."""
+"""Optimisers, which parameters decay, and the learning-rate schedule.
+
+The paper's: AdamW 1e-3, betas 0.9/0.98, epsilon 1e-6, weight decay 0.2 but not on 1-d parameters, cosine.
+"""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
+from timm.optim.lion import Lion
 from torch import nn
 
 BETAS = (0.9, 0.98)
 EPS = 1e-6
+LION_BETAS = (0.9, 0.99)
+ADAM_BETAS = (0.9, 0.999)
+ADAM_EPS = 1e-8
+FUSED = ("cpu", "cuda", "mps", "xpu")
+"""Device types for which torch has a fused Adam."""
+
+OptimizerName = Literal["adamw", "adam", "lion"]
+Spared = Literal["1d", "1d+positions", "nothing"]
+POSITIONS = ("pos_embed", "positional_embedding")
+"""Last parts of the names of position embeddings, in timm and in open_clip."""
 
 
 def decays(parameter: nn.Parameter) -> bool:
@@ -18,13 +33,69 @@ def decays(parameter: nn.Parameter) -> bool:
     return parameter.squeeze().ndim > 1
 
 
-def build_optimizer(model: nn.Module, lr: float, weight_decay: float) -> torch.optim.AdamW:
-    trained = [p for p in model.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in trained if decays(p)], "weight_decay": weight_decay},
-        {"params": [p for p in trained if not decays(p)], "weight_decay": 0.0},
+def decay_groups(model: nn.Module, weight_decay: float, spared: Spared = "1d") -> list[dict[str, Any]]:
+    """The trained parameters of a model in two groups: those that decay, and those that do not.
+
+    Args:
+        spared: what does not decay. `1d`: biases, norms, temperature and bias of the loss, class token; the
+            position embedding decays. That is what the paper's code does, and open_clip's own AdamW: both
+            spare what has fewer than two dimensions, which their class token has ([width]) and their
+            position embedding has not. `1d+positions`: the position embeddings of both towers too, as timm
+            does, and open_clip when it takes an optimiser from timm. `nothing`: everything decays, as with
+            ShareLock's plain Adam.
+    """
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+
+    def decayed(name: str, parameter: nn.Parameter) -> bool:
+        if spared == "nothing":
+            return True
+        position = name.rpartition(".")[2] in POSITIONS
+        return decays(parameter) and not (spared == "1d+positions" and position)
+
+    return [
+        {"params": [p for name, p in named if decayed(name, p)], "weight_decay": weight_decay},
+        {"params": [p for name, p in named if not decayed(name, p)], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(groups, lr=lr, betas=BETAS, eps=EPS, fused=True)
+
+
+def build_optimizer(
+    model: nn.Module,
+    lr: float,
+    weight_decay: float,
+    *,
+    name: OptimizerName = "adamw",
+    betas: tuple[float, float] | None = None,
+    eps: float | None = None,
+    spared: Spared | None = None,
+) -> torch.optim.Optimizer:
+    """An optimiser of the trained parameters of a model, which lie on their device already.
+
+    Args:
+        name: `adamw`; `adam`, whose weight decay is a part of the gradient, 0.9/0.999 and 1e-8
+            (ShareLock); `lion`, timm's, 0.9/0.99 (SAIL). The two Adams are fused where torch can.
+        betas, eps: default: those of `name`. Lion has no epsilon.
+        spared: see `decay_groups`. Default: `nothing` for `adam`, else `1d`.
+    """
+    groups = decay_groups(model, weight_decay, spared or ("nothing" if name == "adam" else "1d"))
+    match name:
+        case "adamw":
+            return torch.optim.AdamW(
+                groups, lr=lr, betas=betas or BETAS, eps=eps or EPS, fused=_fusible(model.parameters())
+            )
+        case "adam":
+            return torch.optim.Adam(
+                groups,
+                lr=lr,
+                betas=betas or ADAM_BETAS,
+                eps=eps or ADAM_EPS,
+                fused=_fusible(model.parameters()),
+            )
+        case "lion":
+            return Lion(groups, lr=lr, betas=betas or LION_BETAS)
+
+
+def _fusible(parameters: Iterable[nn.Parameter]) -> bool:
+    return all(parameter.device.type in FUSED for parameter in parameters)
 
 
 def scaled_lr(
@@ -36,7 +107,10 @@ def scaled_lr(
 
 @dataclass(frozen=True)
 class CosineSchedule:
-    """Linear warm-up to `peak` in `warmup` steps, then half a cosine to zero at `total`."""
+    """Linear warm-up to `peak` in `warmup` steps, then half a cosine to zero at `total`.
+
+    open_clip's and the paper's, step by step. A warm-up given in samples becomes steps by `config.Span`.
+    """
 
     peak: float
     warmup: int

@@ -209,7 +209,7 @@ def _gallery(
         images = [
             {
                 "sample": index.names[sample],
-                "shard": str(index.files[index.file[sample]]),
+                "shard": index.shard(sample),
                 "right": sample in right,
                 "score": round(score, 6),
             }

@@ -1,86 +1,147 @@
 """The sample index: (image location, captions, keys) of every sample, built from headers and captions alone.
 
-Sources are WebDataset tars (`key.jpg` + `key.json` or `key.txt`), or CSV, TSV and Parquet tables that name
-image files. The index is joined to a cache by caption key, and its digest says what was trained on: sample
-names, image sizes, captions and their order, wherever the files lie.
+Sources are WebDataset tars (`key.jpg` + `key.json` or `key.txt`), here or in an object store, or CSV, TSV and
+Parquet tables that name image files. The index is joined to a cache by caption key, and its digest says what was
+trained on: sample names, image sizes, captions and their order, wherever the files lie.
+
+    sources → parts, one per source (read once, kept; see `index_file`) → one index over all (kept as well)
 """
 
 from __future__ import annotations
 
-import csv
 import hashlib
-import os
-import stat
-from collections.abc import Iterable, Iterator, Sequence
+import time
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property, lru_cache
+from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
-from lift_cache.errors import BadCaption, BadSource
-from lift_cache.keys import caption_keys, normalise
-from lift_cache.sources import (
-    CAPTION_FIELDS,
-    IMAGE_EXTENSIONS,
-    expand,
-    sample_captions,
-    scan_tar,
+from lift_cache.errors import BadSource, CacheDamaged
+from lift_cache.keys import caption_keys
+from lift_cache.sources import expand
+from lift_trainer.index_file import (
+    Card,
+    IndexDirectory,
+    Progress,
+    Strings,
+    distinct,
+    numbers,
+    short_hash,
 )
 from lift_trainer.rejects import Rejects
+from lift_trainer.scan import TABLES, Fields, Part, images_are_as_indexed, scan_source
+from lift_trainer.shards import LocalShard, RemoteShard, expand_remote, is_remote, read_local
 
-if TYPE_CHECKING:
-    from _csv import Reader as CsvReader
+WORTH_KEEPING = 16 << 20
+"""Bytes of tars (tables count 64-fold) from which an index is kept; less is read again in no time."""
+
+TABLE_WEIGHT = 64
+
+SETTLED_NS = 2_000_000_000
+"""A file changed less than this ago may change again without a new modification time: it is not kept."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """A tar, or a table and the folder of its images."""
+
+    shard: LocalShard | RemoteShard
+    folder: Path | None = None
+
+    @property
+    def shown(self) -> str:
+        return self.shard.shown
 
 
 @dataclass(frozen=True)
 class Index:
-    """n samples, m (sample, caption) pairs, u distinct captions."""
+    """n samples, m (sample, caption) pairs, u distinct captions. Its arrays may be maps of a file."""
 
-    files: list[Path]
+    sources: Sequence[Source]
     file: np.ndarray
-    """int32 [n]: which of `files` holds the image."""
+    """int32 [n]: which of `sources` names the image."""
     offset: np.ndarray
     """int64 [n]: first byte of the image in its file."""
     size: np.ndarray
     """int64 [n]: bytes of the image."""
-    names: list[str]
+    names: Strings
+    """n sample keys of tars, or image paths of tables."""
     first: np.ndarray
     """int64 [n + 1]: pairs of sample i are first[i] … first[i + 1] − 1."""
     pairs: np.ndarray
     """int64 [m]: distinct caption of each pair."""
-    captions: list[str]
+    captions: Strings
     """u normalised captions, in the order in which they first appear."""
     keys: np.ndarray
     """uint8 [u, 16]: their keys."""
+    known_digest: str | None = field(default=None, repr=False, compare=False)
+    """The digest, where it was computed before."""
 
     def __len__(self) -> int:
-        return len(self.names)
+        return len(self.file)
 
     @cached_property
     def digest(self) -> str:
         """BLAKE2b-128 over names, image sizes and captions in order; 32 hex digits."""
+        if self.known_digest:
+            return self.known_digest
         digest = hashlib.blake2b(digest_size=16)
-        digest.update("\0".join(self.names).encode(errors="surrogateescape"))
+        for piece in self.names.joined(b"\0"):
+            digest.update(piece)
         for array in (self.size, self.first, self.pairs, self.keys):
-            digest.update(np.ascontiguousarray(array).tobytes())
+            digest.update(np.ascontiguousarray(array).data)
         return digest.hexdigest()
 
     def where(self, sample: int) -> str:
-        """`train-000.tar:0001`, or the image's path."""
-        path = self.files[self.file[sample]]
-        return f"{path}:{self.names[sample]}" if path.suffix == ".tar" else str(path)
+        """`train-000.tar:0001`, or the image's path. Never raises: it stands in messages."""
+        source = self.sources[self.file[sample]]
+        try:
+            name = self.names[sample]
+        except CacheDamaged:
+            name = f"sample {sample}"
+        return str(source.folder / name) if source.folder else f"{source.shown}:{name}"
+
+    def shard(self, sample: int) -> str:
+        """The tar that holds the image, or the image's own path."""
+        source = self.sources[self.file[sample]]
+        return str(source.folder / self.names[sample]) if source.folder else source.shown
 
     def image_bytes(self, sample: int) -> bytes:
         """Encoded image. Raises OSError."""
-        offset, size = int(self.offset[sample]), int(self.size[sample])
-        data = _opened(self.files[self.file[sample]]).read(offset, size)
+        source, offset, size = (
+            self.sources[self.file[sample]],
+            int(self.offset[sample]),
+            int(self.size[sample]),
+        )
+        if source.folder:
+            data = read_local(source.folder / self.names[sample], offset, size)
+        else:
+            data = source.shard.read(offset, size)
         if len(data) != size:
             raise OSError("the file is cut short")
         return data
+
+    def byte_ranges(self, samples: range) -> Iterator[tuple[LocalShard | RemoteShard, int, int]]:
+        """Where the images of consecutive samples lie in tars: shard, first byte, bytes. Tables have none."""
+        files = self.file[samples.start : samples.stop]
+        edges = np.flatnonzero(np.diff(files)) + samples.start + 1
+        for first, last in pairwise([samples.start, *edges.tolist(), samples.stop]):
+            source, start = self.sources[self.file[first]], int(self.offset[first])
+            if source.folder is None:
+                yield source.shard, start, int(self.offset[last - 1] + self.size[last - 1]) - start
+
+    @cached_property
+    def image_bytes_in_all(self) -> int:
+        return int(self.size.sum())
+
+    @property
+    def is_remote(self) -> bool:
+        """Whether images come from an object store."""
+        return any(isinstance(source.shard, RemoteShard) for source in self.sources)
 
     def caption_counts(self, samples: np.ndarray) -> np.ndarray:
         """int64 [k]."""
@@ -98,7 +159,7 @@ class Index:
         return replace(
             index,
             pairs=(np.cumsum(keep) - 1)[index.pairs],
-            captions=[caption for caption, kept in zip(self.captions, keep, strict=True) if kept],
+            captions=self.captions.take(keep),
             keys=self.keys[keep],
         )
 
@@ -113,9 +174,10 @@ class Index:
             file=self.file[stays],
             offset=self.offset[stays],
             size=self.size[stays],
-            names=[name for name, kept in zip(self.names, stays, strict=True) if kept],
+            names=self.names.take(stays),
             first=np.concatenate([[0], np.cumsum(counts[stays])]),
             pairs=self.pairs[pair_kept],
+            known_digest=None,
         )
 
 
@@ -123,87 +185,16 @@ def captions_only(captions: Sequence[str]) -> Index:
     """An index of texts without images, to open their vectors. Distinct captions, normalised."""
     nothing = np.empty(0, np.int64)
     return Index(
-        files=[],
-        file=nothing,
+        sources=[],
+        file=nothing.astype(np.int32),
         offset=nothing,
         size=nothing,
-        names=[],
+        names=Strings.of([]),
         first=np.zeros(1, np.int64),
         pairs=nothing,
-        captions=list(captions),
+        captions=Strings.of(captions),
         keys=caption_keys(captions),
     )
-
-
-class _OpenFile:
-    """A descriptor read by position only, so that processes forked from one another may share it."""
-
-    def __init__(self, path: Path) -> None:
-        self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-
-    def read(self, offset: int, size: int) -> bytes:
-        return os.pread(self._descriptor, size, offset)
-
-    def __del__(self) -> None:
-        if hasattr(self, "_descriptor"):
-            os.close(self._descriptor)
-
-
-_opened = lru_cache(maxsize=64)(_OpenFile)
-
-
-@dataclass(frozen=True, slots=True)
-class _Sample:
-    """What a source says about one image."""
-
-    name: str
-    path: Path
-    offset: int
-    size: int
-    captions: list[object]
-
-
-@dataclass
-class _Builder:
-    rejects: Rejects
-    files: dict[Path, int] = field(default_factory=dict)
-    locations: list[tuple[int, int, int]] = field(default_factory=list)
-    names: list[str] = field(default_factory=list)
-    first: list[int] = field(default_factory=lambda: [0])
-    pairs: list[int] = field(default_factory=list)
-    captions: dict[str, int] = field(default_factory=dict)
-
-    def add(self, sample: _Sample) -> None:
-        where = f"{sample.path}:{sample.name}"
-        good = []
-        for position, caption in enumerate(sample.captions):
-            try:
-                good.append(normalise(caption))
-            except BadCaption as error:
-                self.rejects.add(f"{where}[{position}]" if len(sample.captions) > 1 else where, str(error))
-        if not good:
-            return
-        self.locations.append(
-            (self.files.setdefault(sample.path, len(self.files)), sample.offset, sample.size)
-        )
-        self.names.append(sample.name)
-        self.pairs.extend(self.captions.setdefault(caption, len(self.captions)) for caption in good)
-        self.first.append(len(self.pairs))
-
-    def build(self) -> Index:
-        file, offset, size = np.array(self.locations, np.int64).reshape(-1, 3).T
-        captions = list(self.captions)
-        return Index(
-            files=list(self.files),
-            file=file.astype(np.int32),
-            offset=offset.copy(),
-            size=size.copy(),
-            names=self.names,
-            first=np.array(self.first, np.int64),
-            pairs=np.array(self.pairs, np.int64),
-            captions=captions,
-            keys=caption_keys(captions),
-        )
 
 
 def build_index(
@@ -214,172 +205,208 @@ def build_index(
     images: Path | None = None,
     image_field: str = "image",
 ) -> Index:
-    """Read the headers and captions of all sources; image bytes stay where they are.
+    """Open the index of all sources; what of it was read before, and has not changed, is not read again.
 
     Args:
-        sources: tars or tables: paths, globs, `{000..010}` braces, folders.
+        sources: tars or tables: paths, globs, `{000..010}` braces, folders; tars also as s3://bucket/name.
         rejects: takes the samples that have no image or no usable caption.
         images, image_field: for tables: the folder and the column that lead to an image.
 
     Raises:
         BadSource: no such file, an unknown kind, a damaged one, none with a usable sample, too many bad ones.
+        ServerUnavailable: an object store does not answer.
     """
-    builder = _Builder(rejects)
-    for path in expand(sources):
-        before = len(builder.names)
-        suffix = path.suffix.lower()
-        if suffix == ".tar":
-            samples: Iterable[_Sample] = _from_tar(path, caption_field, rejects)
-        elif suffix in (".csv", ".tsv", ".parquet"):
-            samples = _from_table(path, images or path.parent, image_field, caption_field, rejects)
-        else:
-            raise BadSource(
-                f"{path}: images come from .tar, .csv, .tsv or .parquet files, not {suffix or 'this'}"
-            )
-        for sample in samples:
-            builder.add(sample)
-        if len(builder.names) == before:
-            first = next(iter(f"; the first: {where}: {why}" for where, why in rejects.named.items()), "")
-            raise BadSource(f"{path}: no sample with an image and a caption in it{first}")
-    return builder.build()
+    return _Building(_sources(sources, images), Fields(caption_field, images, image_field), rejects).index()
 
 
-def _from_tar(path: Path, caption_field: str | None, rejects: Rejects) -> Iterator[_Sample]:
-    with path.open("rb") as file:
-        for sample in scan_tar(path):
-            image = next((sample.members[ext] for ext in IMAGE_EXTENSIONS if ext in sample.members), None)
-            if image is None:
-                rejects.add(f"{path}:{sample.key}", f"no image (it has {', '.join(sample.members)})")
-                continue
-            try:
-                _, captions = sample_captions(file, sample, caption_field)
-            except BadCaption as error:
-                rejects.add(f"{path}:{sample.key}", str(error))
-                continue
-            yield _Sample(sample.key, path, image.offset, image.size, captions)
-
-
-def _from_table(
-    path: Path, folder: Path, image_field: str, caption_field: str | None, rejects: Rejects
-) -> Iterator[_Sample]:
-    """Rows that name the same image become one sample with several captions, at the place of the first."""
-    captions_of: dict[str, list[object]] = {}
-    for number, image, captions in _table_rows(path, image_field, caption_field, rejects):
-        if isinstance(image, str) and image:
-            captions_of.setdefault(image, []).extend(captions)
-        else:
-            rejects.add(f"{path}:{number}", f"column {image_field!r} names no image")
-    root = folder.resolve()
-    for name, captions in captions_of.items():
-        image_path = folder / name
-        try:
-            inside, size = image_path.resolve().is_relative_to(root), _file_size(image_path)
-        except (OSError, ValueError, RuntimeError) as error:  # too long, a NUL in it, links in a circle
-            reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-            rejects.add(f"{path}:{name[:80]!r}", f"names no image ({reason})")
+def _sources(names: Sequence[str], images: Path | None) -> list[Source]:
+    found: list[Source] = []
+    for name in names:
+        if is_remote(name):
+            found += [Source(shard) for shard in expand_remote(name)]
             continue
-        if not inside:
-            rejects.add(f"{path}:{name}", f"points outside {folder}; give the folder with --images")
-        elif size is None:
-            rejects.add(f"{path}:{name}", f"no such image in {folder}; give the folder with --images")
-        else:
-            yield _Sample(name, image_path, 0, size, captions)
+        for path in expand([name]):
+            is_table = path.suffix.lower() in TABLES
+            found.append(Source(LocalShard(path), (images or path.parent) if is_table else None))
+    return list(dict.fromkeys(found))
 
 
-def _file_size(path: Path) -> int | None:
-    """Bytes of a file, None where there is none. Raises OSError, ValueError."""
-    try:
-        found = path.stat()
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    return found.st_size if stat.S_ISREG(found.st_mode) else None
+@dataclass(frozen=True)
+class _Scanned:
+    """A part, where it is kept if it is, and what was left out: what follows the source's name, and why."""
+
+    part: Part
+    path: Path | None
+    left_out: list[tuple[str, str]]
 
 
-def _table_rows(
-    path: Path, image_field: str, caption_field: str | None, rejects: Rejects
-) -> Iterator[tuple[int, object, list[object]]]:
-    """(row or line counted from 1, image, captions); text that is not UTF-8 has surrogates in it.
+class _Recorder:
+    """Rejects of one source, handed on at once and kept beside its part."""
 
-    Raises:
-        BadSource: not readable, no such column, too many broken rows.
-    """
-    try:
-        if path.suffix.lower() == ".parquet":
-            with pq.ParquetFile(path, pre_buffer=False, buffer_size=1 << 20) as table:
-                caption = _column(path, table.schema_arrow.names, image_field, caption_field)
-                number = 0
-                for batch in table.iter_batches(columns=[image_field, caption]):
-                    for image, value in zip(
-                        _values(batch[image_field]), _values(batch[caption]), strict=True
-                    ):
-                        number += 1
-                        yield number, image, value if isinstance(value, list) else [value]
-            return
-        with path.open(newline="", encoding="utf-8-sig", errors="surrogateescape") as text:
-            reader = csv.reader(text, delimiter="\t" if path.suffix.lower() == ".tsv" else ",", strict=True)
-            header = [name.strip() for name in next(reader, [])]
-            caption = _column(path, header, image_field, caption_field)
-            columns = header.index(image_field), header.index(caption)
-            for number, record in _csv_records(path, reader, len(header), rejects):
-                yield number, record[columns[0]], [record[columns[1]]]
-    except (csv.Error, pa.ArrowException, OSError) as error:
-        raise BadSource(
-            f"{path}: cannot be read ({str(error).splitlines()[0]}); is it whole, and UTF-8?"
-        ) from None
+    def __init__(self, rejects: Rejects, shown: str) -> None:
+        self._rejects, self._shown = rejects, shown
+        self.left_out: list[tuple[str, str]] = []
+
+    def add(self, where: str, reason: str) -> None:
+        self._rejects.add(where, reason)
+        place = where.encode(errors="backslashreplace").decode()
+        self.left_out.append((place.removeprefix(self._shown), reason))
 
 
-def _csv_records(
-    path: Path, reader: CsvReader, fields: int, rejects: Rejects
-) -> Iterator[tuple[int, list[str]]]:
-    """(first line, fields) of the rows that are as long as the header; the others are named and left out."""
-    while True:
-        first = reader.line_num + 1
-        try:
-            record = next(reader)
-        except StopIteration:
-            return
-        except csv.Error as error:
-            # An unclosed quote swallows lines up to the csv module's field limit: say which, start afresh.
-            rejects.add(f"{path}:{first}-{reader.line_num}", f"broken quoting ({error})")
-            continue
-        if record and len(record) != fields:
-            rejects.add(f"{path}:{first}", f"{len(record)} fields where the header has {fields}")
-        elif record:
-            yield first, record
+class _Building:
+    """One call of `build_index`."""
 
-
-def _values(column: pa.Array) -> list[object]:
-    """Python values; text by way of bytes, as one string that is not UTF-8 would fail its whole batch."""
-
-    def text(value: object) -> object:
-        if isinstance(value, list):
-            return [text(item) for item in value]
-        return value.decode(errors="surrogateescape") if isinstance(value, bytes) else value
-
-    return [text(value) for value in column.cast(_as_bytes(column.type)).to_pylist()]
-
-
-def _as_bytes(kind: pa.DataType) -> pa.DataType:
-    if pa.types.is_dictionary(kind):
-        return _as_bytes(kind.value_type)
-    if pa.types.is_list(kind) or pa.types.is_large_list(kind):
-        return pa.large_list(_as_bytes(kind.value_type))
-    is_text = pa.types.is_string(kind) or pa.types.is_large_string(kind)
-    return pa.large_binary() if is_text else kind
-
-
-def _column(path: Path, names: Sequence[str], image_field: str, caption_field: str | None) -> str:
-    """The caption column. Raises BadSource naming what there is."""
-    wanted = [caption_field] if caption_field else list(CAPTION_FIELDS)
-    caption = next((name for name in wanted if name in names), None)
-    if not names:
-        raise BadSource(f"{path}: empty; a header line is needed")
-    if image_field not in names:
-        raise BadSource(
-            f"{path}: no column {image_field!r}, it has {', '.join(names)}; name the one with images by --image-field"
+    def __init__(self, sources: list[Source], fields: Fields, rejects: Rejects) -> None:
+        self.sources, self.fields, self.rejects = sources, fields, rejects
+        self.stamps = [source.shard.stamp() for source in sources]
+        weight = sum(
+            size * (TABLE_WEIGHT if source.folder else 1)
+            for source, (size, _) in zip(sources, self.stamps, strict=True)
         )
-    if caption is None:
-        raise BadSource(
-            f"{path}: no column {' or '.join(map(repr, wanted))}, it has {', '.join(names)}; name it by --caption-field"
+        self.directory = IndexDirectory.default() if weight >= WORTH_KEEPING else None
+        self.identities = [self._identity(source) for source in sources]
+        self.marks = [short_hash(size, changed)[:16] for size, changed in self.stamps]
+        self.name = short_hash(self.identities, self.marks)
+
+    def index(self) -> Index:
+        if self.directory is None:
+            return self._build()
+        found = self._kept()
+        if found is None:
+            with self.directory.building(self.name):
+                found = self._kept()
+                if found is None:
+                    found = self._build()
+        return found
+
+    def _identity(self, source: Source) -> str:
+        """What leads to other samples of the same bytes is part of it."""
+        if source.folder is None:
+            return short_hash("tar", source.shard.identity, self.fields.caption_field)
+        how = (self.fields.caption_field, self.fields.image_field, str(source.folder.absolute()))
+        return short_hash("table", source.shard.identity, *how)
+
+    # ---- an index that was made before
+
+    def _kept(self) -> Index | None:
+        """The whole index as it was made before, None when there is none or something of it has changed."""
+        if self.directory is None:
+            return None
+        found = self.directory.read(self.directory.index_path(self.name))
+        if found is None:
+            return None
+        card, columns = found
+        parts = [self.directory.part_path(*which) for which in zip(self.identities, self.marks, strict=True)]
+        if not all(path.exists() for path in parts):
+            return None
+        captions = Strings("captions", parts, numbers(columns["caption_starts"]))
+        starts = numbers(columns["starts"])
+        index = Index(
+            sources=self.sources,
+            file=numbers(columns["file"]),
+            offset=numbers(columns["offset"]),
+            size=numbers(columns["size"]),
+            names=Strings("names", parts, starts),
+            first=numbers(columns["first"]),
+            pairs=numbers(columns["pairs"]),
+            captions=captions.take(numbers(columns["caption_at"])),
+            keys=numbers(columns["keys"]),
+            known_digest=card["index_digest"],
         )
-    return caption
+        for number, source in enumerate(self.sources):
+            here = slice(*starts[number : number + 2].tolist())
+            if source.folder and not images_are_as_indexed(
+                source.folder, Strings("names", [parts[number]], np.array([0, here.stop - here.start])),
+                index.size[here],
+            ):  # fmt: skip
+                return None
+        for number, place, reason in card["left_out"]:
+            self.rejects.add(f"{self.sources[number].shown}{place}", reason)
+        self.directory.used(self.name)
+        return index
+
+    # ---- a new one
+
+    def _build(self) -> Index:
+        progress, scanned, samples = Progress(), [], 0
+        for number, source in enumerate(self.sources):
+            done = f"reading samples: {number:,} of {len(self.sources):,} files, {samples:,} samples"
+            progress(done)
+            one = self._kept_part(number) or self._scan(number)
+            if not len(one.part.size):
+                named = self.rejects.named.items()
+                first = next((f"; the first: {where}: {why}" for where, why in named), "")
+                raise BadSource(f"{source.shown}: no sample with an image and a caption in it{first}")
+            samples += len(one.part.size)
+            scanned.append(one)
+        progress.end()
+        return self._join(scanned)
+
+    def _kept_part(self, number: int) -> _Scanned | None:
+        if self.directory is None:
+            return None
+        path = self.directory.part_path(self.identities[number], self.marks[number])
+        found = self.directory.read(path)
+        if found is None:
+            return None
+        card, columns = found
+        part, source = Part.of(columns), self.sources[number]
+        if source.folder:
+            names = Strings("names", [part.names], np.array([0, len(part.names)]))
+            if not images_are_as_indexed(source.folder, names, part.size):
+                return None
+        for place, reason in card["left_out"]:
+            self.rejects.add(f"{source.shown}{place}", reason)
+        return _Scanned(part, path, card["left_out"])
+
+    def _scan(self, number: int) -> _Scanned:
+        source, stamp = self.sources[number], self.stamps[number]
+        recorder = _Recorder(self.rejects, source.shown)
+        with source.shard.here() as path:
+            part = scan_source(path, source.shown, self.fields, recorder)
+        settled = stamp == source.shard.stamp() and stamp[1] < time.time_ns() - SETTLED_NS
+        # An image that was missing from a table may have been put there before the next run.
+        whole = len(part.size) and not (source.folder and recorder.left_out)
+        kept = None
+        if self.directory and settled and whole:
+            card: Card = {"source": source.shown, "left_out": recorder.left_out}
+            identity, mark = self.identities[number], self.marks[number]
+            kept = self.directory.write_part(identity, mark, part.columns(), card)
+        return _Scanned(part, kept, recorder.left_out)
+
+    def _join(self, scanned: list[_Scanned]) -> Index:
+        parts = [one.part for one in scanned]
+        starts = np.cumsum([0, *(len(part.size) for part in parts)])
+        pair_starts = np.cumsum([0, *(len(part.pairs) for part in parts)])
+        caption_starts = np.cumsum([0, *(len(part.keys) for part in parts)])
+        number, caption_at = distinct(np.concatenate([part.keys for part in parts]))
+        texts: list[pa.Array | Path] = [one.path or one.part.captions for one in scanned]
+        names: list[pa.Array | Path] = [one.path or one.part.names for one in scanned]
+        columns = {
+            "file": np.repeat(np.arange(len(parts), dtype=np.int32), np.diff(starts)),
+            "offset": np.concatenate([part.offset for part in parts]),
+            "size": np.concatenate([part.size for part in parts]),
+            "first": np.concatenate(
+                [[0], *(part.first[1:] + base for part, base in zip(parts, pair_starts, strict=False))]
+            ),
+            "pairs": np.concatenate(
+                [number[part.pairs + base] for part, base in zip(parts, caption_starts, strict=False)]
+            ),
+            "keys": np.concatenate([part.keys for part in parts])[caption_at],
+        }
+        index = Index(
+            sources=self.sources,
+            names=Strings("names", names, starts),
+            captions=Strings("captions", texts, caption_starts).take(caption_at),
+            **columns,
+        )
+        if self.directory and all(one.path for one in scanned):
+            card: Card = {
+                "index_digest": index.digest,
+                "left_out": [
+                    (number, *place) for number, one in enumerate(scanned) for place in one.left_out
+                ],
+            }
+            also = {"caption_at": caption_at, "starts": starts, "caption_starts": caption_starts}
+            self.directory.write_index(self.name, {**columns, **also}, card)
+        return index

@@ -4,19 +4,25 @@ Every random choice about data is a hash of the names of what it decides, never 
 generator: which image comes when, which of its captions, how it is cropped. So the choices do not depend
 on the number of workers or ranks, and resuming at a step needs no generator state. The hash is SplitMix64
 (Steele et al. 2014), so the order is also the same for every version of NumPy and torch.
+
+Data that do not fit into a buffer of 1,048,576 samples are shuffled by blocks: blocks of consecutive samples are
+permuted, as many as fill the buffer are taken together, and within the buffer every sample is permuted. So a disk or
+an object store reads a block at a time, while a batch still comes from a thousand places (bench/order.py measures
+how this differs from a full permutation). Blocks are counted in samples, not in shards, so that packing the same
+samples into other shards does not change the order.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 import numpy as np
 
 from lift_cache.errors import BadConfig
 
-ORDER, CAPTION, CROP, MODEL, PERMUTE, GALLERY = range(1, 7)
+ORDER, CAPTION, CROP, MODEL, PERMUTE, GALLERY, BUFFER = range(1, 8)
 """Streams: the first word after the seed, so that no two decisions share their randomness."""
 
 Word = int | np.ndarray
@@ -49,14 +55,111 @@ def torch_seed(seed: int, step: int) -> int:
     return int(random_words(seed, MODEL, step) >> np.uint64(1))
 
 
+@dataclass(frozen=True)
+class Shuffle:
+    """How far an epoch's order is from that of the shards."""
+
+    block: int = 256
+    """Consecutive samples that stay together until they are in the buffer."""
+    buffer: int = 4096
+    """Blocks that are mixed with one another. A whole epoch that fits is one full permutation."""
+
+    @property
+    def window(self) -> int:
+        """Samples in the buffer."""
+        return self.block * self.buffer
+
+
+FULL = Shuffle(block=1, buffer=1 << 62)
+"""The full permutation, whatever the number of samples."""
+
+
+@dataclass(frozen=True)
+class EpochOrder:
+    """The order of one epoch of n samples: positions 0 … n − 1, a part of them at a time.
+
+    Every sample stands at one position. Holds 16 bytes per block, and some windows of 8 bytes per sample.
+    """
+
+    seed: int
+    epoch: int
+    samples: int
+    shuffle: Shuffle
+
+    @cached_property
+    def _blocks(self) -> np.ndarray:
+        """Permuted block numbers: int64 [blocks]."""
+        return permutation(-(-self.samples // self.shuffle.block), self.seed, ORDER, self.epoch)
+
+    @cached_property
+    def _starts(self) -> np.ndarray:
+        """Position of the first sample of each permuted block, and n: int64 [blocks + 1]."""
+        sizes = np.full(len(self._blocks), self.shuffle.block)
+        sizes[self._blocks == len(self._blocks) - 1] = self.samples - (len(sizes) - 1) * self.shuffle.block
+        return np.concatenate([[0], np.cumsum(sizes)])
+
+    @cached_property
+    def _windows(self) -> np.ndarray:
+        """First permuted block of each window, and their number: int64 [windows + 1]; windows as equal as can be."""
+        windows = max(1, round(len(self._blocks) / self.shuffle.buffer))
+        return np.arange(windows + 1) * len(self._blocks) // windows
+
+    def __getitem__(self, positions: slice) -> np.ndarray:
+        """Samples at positions start … stop − 1: int64."""
+        if self.samples <= self.shuffle.window:
+            return _full_order(self.seed, self.epoch, self.samples)[positions]
+        edges = self._starts[self._windows]
+        first, last = np.searchsorted(edges, [positions.start, positions.stop - 1], side="right") - 1
+        pieces = [
+            _window(self, w)[max(positions.start - edge, 0) : positions.stop - edge]
+            for w in range(int(first), int(last) + 1)
+            for edge in [int(edges[w])]
+        ]
+        return np.concatenate(pieces)
+
+    def ahead(self, positions: slice) -> list[range]:
+        """Runs of samples to read while those at some positions are in use: blocks of the next window.
+
+        Over an epoch each block comes once, except those of the first window, which nothing comes before.
+        Nothing under a full permutation.
+        """
+        if self.samples <= self.shuffle.window:
+            return []
+        shift = self.shuffle.window
+        first, last = np.searchsorted(self._starts, [positions.start + shift, positions.stop + shift])
+        return [
+            range(start, min(start + self.shuffle.block, self.samples))
+            for start in (self._blocks[first : min(last, len(self._blocks))] * self.shuffle.block).tolist()
+        ]
+
+
 @lru_cache(maxsize=2)
-def epoch_order(seed: int, epoch: int, n: int) -> np.ndarray:
+def _full_order(seed: int, epoch: int, n: int) -> np.ndarray:
     return permutation(n, seed, ORDER, epoch)
+
+
+@lru_cache(maxsize=4)
+def _window(order: EpochOrder, window: int) -> np.ndarray:
+    first, last = order._windows[window : window + 2].tolist()
+    size = order.shuffle.block
+    samples = (order._blocks[first:last, None] * size + np.arange(size)).reshape(-1)
+    samples = samples[samples < order.samples]
+    return samples[np.argsort(random_words(order.seed, BUFFER, order.epoch, samples), kind="stable")]
+
+
+@lru_cache(maxsize=4)
+def _epoch(seed: int, epoch: int, samples: int, shuffle: Shuffle) -> EpochOrder:
+    return EpochOrder(seed, epoch, samples, shuffle)
+
+
+def epoch_order(seed: int, epoch: int, n: int, shuffle: Shuffle = Shuffle()) -> np.ndarray:
+    """All samples in the order of an epoch: int64 [n]."""
+    return EpochOrder(seed, epoch, n, shuffle)[0:n]
 
 
 @dataclass(frozen=True)
 class Sampler:
-    """Batches of a run. Every epoch is a fresh permutation whose last, incomplete batch is dropped.
+    """Batches of a run. Every epoch is a fresh order whose last, incomplete batch is dropped.
 
     Raises:
         BadConfig: fewer samples than one batch.
@@ -65,6 +168,7 @@ class Sampler:
     seed: int
     samples: int
     batch_size: int
+    shuffle: Shuffle = Shuffle()  # frozen
 
     def __post_init__(self) -> None:
         if self.samples < self.batch_size:
@@ -80,11 +184,35 @@ class Sampler:
     def epoch_of(self, step: int) -> int:
         return step // self.steps_per_epoch
 
-    def batch(self, step: int) -> np.ndarray:
-        """The global batch of a step: sample numbers, int64 [batch_size]."""
+    def batch(self, step: int, part: slice = slice(None)) -> np.ndarray:
+        """The global batch of a step, or a part of it: sample numbers, int64 [batch_size]."""
+        order, positions = self._positions(step, part)
+        return order[positions]
+
+    def share(self, rank: int, ranks: int) -> slice:
+        """The part of every global batch that one of several ranks takes. Joined in order, they are the batch.
+
+        Raises:
+            BadConfig: the batch cannot be shared out equally.
+        """
+        if self.batch_size % ranks:
+            raise BadConfig(
+                f"--batch-size is {self.batch_size} for all processes together and there are {ranks}; "
+                "give a multiple of their number"
+            )
+        each = self.batch_size // ranks
+        return slice(rank * each, (rank + 1) * each)
+
+    def ahead(self, step: int, part: slice = slice(None)) -> list[range]:
+        """Runs of samples that are worth reading into a buffer while a batch, or a part of it, is in use."""
+        order, positions = self._positions(step, part)
+        return order.ahead(positions)
+
+    def _positions(self, step: int, part: slice) -> tuple[EpochOrder, slice]:
         epoch, within = divmod(step, self.steps_per_epoch)
-        order = epoch_order(self.seed, epoch, self.samples)
-        return order[within * self.batch_size : (within + 1) * self.batch_size]
+        start, stop, _ = part.indices(self.batch_size)
+        first = within * self.batch_size
+        return _epoch(self.seed, epoch, self.samples, self.shuffle), slice(first + start, first + stop)
 
 
 def choose_caption(seed: int, epoch: int, samples: np.ndarray, counts: np.ndarray) -> np.ndarray:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 
 import pytest
+import torch
+from timm.optim.lion import Lion
 
 from lift_cache.errors import BadConfig
 from lift_trainer.config import Span
 from lift_trainer.job import LiftModel
 from lift_trainer.losses import InfoNCE
-from lift_trainer.optim import CosineSchedule, build_optimizer, decays, scaled_lr
+from lift_trainer.optim import CosineSchedule, build_optimizer, decay_groups, decays, scaled_lr
 from lift_trainer.towers import build_tower
 
 
@@ -63,3 +65,49 @@ def test_the_learning_rate_scales_from_the_base_batch() -> None:
     assert scaled_lr(1e-3, "none", 256, 1024) == 1e-3
     assert scaled_lr(1e-3, "sqrt", 256, 1024) == pytest.approx(5e-4)
     assert scaled_lr(1e-3, "linear", 256, 1024) == pytest.approx(2.5e-4)
+
+
+def tiny() -> LiftModel:
+    return LiftModel(build_tower("vit_tiny_patch16_224", 32, "learned:0.02", 8), InfoNCE())
+
+
+def test_position_embeddings_can_be_spared_too_or_nothing_at_all() -> None:
+    model = tiny()
+    names = {id(p): name for name, p in model.named_parameters()}
+    paper, spared, nothing = (decay_groups(model, 0.2, rule) for rule in ("1d", "1d+positions", "nothing"))  # type: ignore[arg-type]
+    free = [{names[id(p)] for p in groups[1]["params"]} for groups in (paper, spared, nothing)]
+    assert free[1] - free[0] == {"tower.vit.pos_embed"} and free[0] < free[1] and not free[2]
+
+
+def test_each_optimiser_steps_with_its_papers_constants_and_one_without_a_spared_group_too() -> None:
+    for name, kind, betas in (
+        ("adamw", torch.optim.AdamW, (0.9, 0.98)),
+        ("adam", torch.optim.Adam, (0.9, 0.999)),
+        ("lion", Lion, (0.9, 0.99)),
+    ):
+        model = tiny()
+        optimizer = build_optimizer(model, 1e-3, 0.1, name=name)  # type: ignore[arg-type]
+        assert isinstance(optimizer, kind) and optimizer.param_groups[0]["betas"] == betas
+        assert optimizer.param_groups[1]["weight_decay"] == 0 and bool(
+            optimizer.param_groups[1]["params"]
+        ) == (name != "adam")
+        before = {n: p.clone() for n, p in model.named_parameters()}
+        torch.stack([p.square().sum() for p in model.parameters()]).sum().backward()
+        optimizer.step()
+        assert all(not torch.equal(p, before[n]) for n, p in model.named_parameters() if p.grad.any())
+
+
+def test_lion_moves_by_the_sign_of_the_mixed_gradient() -> None:
+    parameter = torch.nn.Parameter(torch.tensor([[1.0, -2.0], [3.0, 4.0]]))
+    holder = torch.nn.ParameterList([parameter])
+    optimizer = build_optimizer(holder, 0.1, 0.5, name="lion")
+    parameter.grad = torch.tensor([[0.3, -7.0], [1e-4, -1e-4]])
+    optimizer.step()
+    decayed = torch.tensor([[1.0, -2.0], [3.0, 4.0]]) * (1 - 0.1 * 0.5)
+    assert torch.allclose(parameter.data, decayed - 0.1 * torch.tensor([[1.0, -1.0], [1.0, -1.0]]))
+
+
+def test_fused_kernels_are_used_where_torch_has_them() -> None:
+    assert build_optimizer(tiny(), 1e-3, 0.2).defaults["fused"] is True
+    elsewhere = torch.nn.Linear(2, 2, device="meta")
+    assert build_optimizer(elsewhere, 1e-3, 0.2).defaults["fused"] is False

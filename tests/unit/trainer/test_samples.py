@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import csv
+import os
 import shutil
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +15,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+import lift_trainer.samples as samples_module
 from lift_cache.errors import BadSource
+from lift_cache.keys import caption_keys
 from lift_trainer.rejects import Rejects
 from lift_trainer.samples import Index, build_index
 from tests.unit.trainer.conftest import World, png, write_tar
@@ -169,3 +175,212 @@ def test_a_name_that_is_not_utf8_is_spelt_in_ascii() -> None:
     rejects = Rejects(5)
     rejects.add("a.tar:\udcff", "broken")
     assert list(rejects.named) == ["a.tar:\\udcff"]
+
+
+# ---------------------------------------------------------------------------------------------- kept indexes
+
+
+@pytest.fixture
+def kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A directory of indexes that takes small and new data, too; shards older than it minds."""
+    monkeypatch.setattr("lift_trainer.samples.WORTH_KEEPING", 0)
+    monkeypatch.setenv("LIFT_INDEX_DIR", str(tmp_path / "indexes"))
+    return tmp_path / "indexes"
+
+
+def shards(folder: Path, captions: list[list[str]]) -> list[Path]:
+    """One tar of 1-caption samples for each list, changed a minute ago."""
+    folder.mkdir(exist_ok=True)
+    made = []
+    for number, texts in enumerate(captions):
+        path = folder / f"train-{number:03d}.tar"
+        write_tar(path, [(f"{number}{i:03d}", png(i), {"caption": text}) for i, text in enumerate(texts)])
+        age(path)
+        made.append(path)
+    return made
+
+
+def age(path: Path, seconds: float = 60) -> None:
+    os.utime(path, (time.time() - seconds, time.time() - seconds))
+
+
+TEXTS = [["a cat", "a dog"], ["a dog", "a bird", "a cat"], ["a fish"]]
+
+
+@pytest.fixture
+def scanned(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Names of the sources that were really read."""
+    names: list[str] = []
+    scan = samples_module.scan_source
+
+    def noting(path: Path, shown: str, *rest: object) -> object:
+        names.append(path.name)
+        return scan(path, shown, *rest)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(samples_module, "scan_source", noting)
+    return names
+
+
+def same(a: Index, b: Index) -> bool:
+    arrays = ("file", "offset", "size", "first", "pairs", "keys")
+    return (
+        all(np.array_equal(getattr(a, name), getattr(b, name)) for name in arrays)
+        and list(a.names) == list(b.names)
+        and list(a.captions) == list(b.captions)
+        and a.digest == b.digest
+    )
+
+
+def test_a_kept_index_is_the_index_and_reads_no_shard(
+    tmp_path: Path, kept: Path, scanned: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    paths = shards(tmp_path / "data", TEXTS)
+    with monkeypatch.context() as patch:
+        patch.setattr("lift_trainer.samples.WORTH_KEEPING", 1 << 62)
+        fresh, _ = index_of(*paths)
+    scanned.clear()
+    first, _ = index_of(*paths)
+    assert len(scanned) == 3
+    again, _ = index_of(*paths)
+    assert len(scanned) == 3
+    assert same(first, fresh) and same(again, fresh)
+    assert again.captions == ["a cat", "a dog", "a bird", "a fish"] and again.pairs.tolist() == [
+        0,
+        1,
+        1,
+        2,
+        0,
+        3,
+    ]
+    assert again.captions[-1] == "a fish" and again.names[1:3] == ["0001", "1000"]
+    assert again.image_bytes(4) == png(2) and again.where(4) == f"{paths[1]}:1002"
+    keep = np.array([True, False, True, True])
+    assert same(again.keep_captions(keep), fresh.keep_captions(keep))
+    assert same(again.take(np.array([1, 4])), fresh.take(np.array([1, 4])))
+
+
+def test_only_shards_that_changed_are_read_again(tmp_path: Path, kept: Path, scanned: list[str]) -> None:
+    paths = shards(tmp_path / "data", TEXTS)
+    before, _ = index_of(*paths)
+    write_tar(paths[1], [("1000", png(0), {"caption": "a horse"})])
+    age(paths[1], 30)
+    scanned.clear()
+    after, _ = index_of(*paths)
+    assert scanned == ["train-001.tar"] and after.digest != before.digest
+    assert list(after.captions) == ["a cat", "a dog", "a horse", "a fish"]
+    assert len(list((kept / "parts").glob("*.arrow"))) == 3, "the part of the earlier state is deleted"
+    # Another choice of the same shards reads none.
+    assert list(index_of(paths[2], paths[0])[0].captions) == ["a fish", "a cat", "a dog"]
+    assert scanned == ["train-001.tar"]
+    # Another field of the same shards is another index.
+    with pytest.raises(BadSource, match="no field 'words'"):
+        index_of(*paths, limit=1, caption_field="words")
+
+
+def test_a_shard_changed_a_moment_ago_is_read_each_time(
+    tmp_path: Path, kept: Path, scanned: list[str]
+) -> None:
+    paths = shards(tmp_path / "data", TEXTS)
+    paths[0].touch()
+    index_of(*paths)
+    index_of(*paths)
+    assert scanned.count("train-000.tar") == 2 and scanned.count("train-001.tar") == 1
+
+
+@pytest.mark.parametrize("what", ["index", "part", "cut index", "no part", "no directory"])
+def test_a_damaged_or_missing_kept_file_is_made_again(
+    tmp_path: Path, kept: Path, capsys: pytest.CaptureFixture[str], what: str
+) -> None:
+    paths = shards(tmp_path / "data", TEXTS)
+    before, _ = index_of(*paths)
+    [whole], parts = kept.glob("*.arrow"), sorted((kept / "parts").glob("*.arrow"))
+    names = list(before.names)
+    if what == "no directory":
+        shutil.rmtree(kept)
+    elif what == "no part":
+        parts[0].unlink()
+    elif what == "cut index":
+        whole.write_bytes(whole.read_bytes()[:-100])
+    else:
+        hurt, value = (parts[0], b"a cat") if what == "part" else (whole, caption_keys(["a cat"]).tobytes())
+        if what == "part":
+            whole.unlink()
+            hurt = next(part for part in parts if value in part.read_bytes())
+        data = bytearray(hurt.read_bytes())
+        data[data.index(value)] ^= 1
+        hurt.unlink()
+        hurt.write_bytes(data)
+    after, _ = index_of(*paths)
+    assert after.digest == before.digest and list(after.names) == names
+    said = capsys.readouterr().err
+    assert said.count("is not what was written; made again") == (what in ("index", "part", "cut index"))
+    assert index_of(*paths)[0].digest == before.digest
+    assert capsys.readouterr().err == ""
+
+
+def test_what_was_left_out_is_said_and_counted_again(
+    tmp_path: Path, kept: Path, scanned: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = write_tar(tmp_path / "a.tar", [("0", png(0), {"caption": "fine"}), ("1", None, {"caption": "x"})])
+    age(path)
+    _, first = index_of(path, limit=1)
+    _, again = index_of(path, limit=1)
+    assert scanned == ["a.tar"] and first == again == {f"{path}:1": "no image (it has json)"}
+    assert capsys.readouterr().err.count("left out ") == 2
+    with pytest.raises(BadSource, match="more than --max-bad 0"):
+        index_of(path, limit=0)
+
+
+def test_a_table_whose_images_changed_or_were_missing_is_read_again(
+    photos: Path, kept: Path, scanned: list[str]
+) -> None:
+    table = photos / "t.csv"
+    table.write_text("image,caption\n0.png,a\n1.png,b\n")
+    age(table)
+    index_of(table)
+    index_of(table)
+    assert scanned == ["t.csv"]
+    (photos / "1.png").write_bytes(png(1, (8, 9)))
+    changed, _ = index_of(table)
+    assert scanned == ["t.csv"] * 2 and changed.image_bytes(1) == png(1, (8, 9))
+    (photos / "1.png").unlink()
+    assert len(index_of(table, limit=1)[0]) == 1
+    (photos / "1.png").write_bytes(png(1))
+    assert len(index_of(table)[0]) == 2
+
+
+def test_a_directory_that_cannot_be_written_costs_one_line(
+    tmp_path: Path, kept: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    kept.write_text("in the way")
+    paths = shards(tmp_path / "data", TEXTS)
+    assert len(index_of(*paths)[0]) == 6
+    assert capsys.readouterr().err.count("is not kept in") == 1
+
+
+BUILDING = """
+import sys
+import lift_trainer.samples as samples
+from lift_trainer.rejects import Rejects
+
+samples.WORTH_KEEPING = 0
+print(samples.build_index(sys.argv[1:], Rejects(0)).digest)
+"""
+
+
+def test_processes_that_build_one_index_at_a_time_agree(tmp_path: Path, kept: Path) -> None:
+    paths = shards(tmp_path / "data", [[f"caption {n} {i}" for i in range(50)] for n in range(20)])
+    command = [sys.executable, "-c", BUILDING, *map(str, paths)]
+    started = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(3)]
+    digests = {process.communicate(timeout=120)[0] for process in started}
+    assert digests == {f"{index_of(*paths)[0].digest}\n"}
+    assert not list(kept.rglob(".tmp-*")) and len(list((kept / "parts").iterdir())) == 20
+
+
+def test_an_index_over_many_shards_equals_one_over_one(tmp_path: Path, kept: Path) -> None:
+    texts = [f"caption {i * i % 97}" for i in range(300)]
+    many = shards(tmp_path / "many", [texts[i : i + 7] for i in range(0, 300, 7)])
+    index, _ = index_of(*many)
+    assert [index.captions[i] for i in index.pairs.tolist()] == texts
+    assert list(index.captions) == list(dict.fromkeys(texts))
+    np.testing.assert_array_equal(index.keys, caption_keys(list(dict.fromkeys(texts))))

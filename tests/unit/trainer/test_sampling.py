@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import numpy as np
 import pytest
 import torch
@@ -10,7 +12,7 @@ from lift_cache.errors import BadConfig
 from lift_trainer.batches import Batch, Batches
 from lift_trainer.images import ImageStore
 from lift_trainer.job import prepare
-from lift_trainer.sampling import Sampler, choose_caption, crop_boxes, epoch_order, uniform
+from lift_trainer.sampling import FULL, Sampler, Shuffle, choose_caption, crop_boxes, epoch_order, uniform
 from tests.unit.trainer.conftest import World
 
 
@@ -55,6 +57,116 @@ def test_batches_are_the_same_with_any_workers_parts_and_memory(
             assert torch.equal(a.pixels, b.pixels)
             assert torch.equal(a.captions, b.captions)
             assert torch.equal(a.text, b.text)
+
+
+SHUFFLES = [Shuffle(7, 13), Shuffle(16, 4), Shuffle(1, 3), Shuffle(64, 1), FULL]
+
+
+@pytest.mark.parametrize("shuffle", SHUFFLES)
+@pytest.mark.parametrize("n", [3, 64, 65, 1000])
+def test_every_shuffle_shows_every_sample_once(shuffle: Shuffle, n: int) -> None:
+    orders = [epoch_order(0, epoch, n, shuffle) for epoch in range(2)]
+    assert all(sorted(order) == list(range(n)) for order in orders)
+    assert n == 3 or not np.array_equal(*orders)
+
+
+@pytest.mark.parametrize("shuffle", SHUFFLES)
+def test_batches_and_their_parts_are_pieces_of_the_epochs_order(shuffle: Shuffle) -> None:
+    sampler = Sampler(5, 1000, 48, shuffle)
+    for epoch in range(2):
+        steps = range(epoch * sampler.steps_per_epoch, (epoch + 1) * sampler.steps_per_epoch)
+        joined = np.concatenate([sampler.batch(step) for step in steps])
+        np.testing.assert_array_equal(joined, epoch_order(5, epoch, 1000, shuffle)[: len(joined)])
+    parts = [sampler.batch(3, slice(start, start + 10)) for start in range(0, 48, 10)]
+    np.testing.assert_array_equal(np.concatenate(parts), sampler.batch(3))
+
+
+def test_small_data_are_shuffled_in_full_whatever_the_blocks() -> None:
+    full = epoch_order(1, 2, 500, FULL)
+    np.testing.assert_array_equal(epoch_order(1, 2, 500), full)
+    np.testing.assert_array_equal(epoch_order(1, 2, 500, Shuffle(50, 10)), full)
+    assert not np.array_equal(epoch_order(1, 2, 500, Shuffle(50, 9)), full)
+
+
+def test_the_order_of_blocks_is_fixed_for_all_versions() -> None:
+    assert epoch_order(7, 3, 11, Shuffle(2, 2)).tolist() == [0, 6, 7, 1, 8, 3, 2, 9, 4, 5, 10]
+
+
+def test_a_buffer_holds_whole_blocks_and_reading_ahead_comes_before_use() -> None:
+    shuffle, n = Shuffle(8, 16), 5003
+    order = epoch_order(0, 0, n, shuffle)
+    used = np.empty(n, np.int64)
+    used[order] = np.arange(n)
+    spread = [np.ptp(used[start : start + 8]) for start in range(0, n - 8, 8)]
+    assert max(spread) <= 2 * shuffle.window, "a block is used within its buffer"
+    sampler = Sampler(0, n, 50, shuffle)
+    read: dict[int, int] = {}
+    for step in range(sampler.steps_per_epoch):
+        for run in sampler.ahead(step):
+            assert len(run) <= 8
+            for sample in run:
+                assert sample not in read, "read once"
+                read[sample] = step
+    late = [sample for sample, step in read.items() if used[sample] < step * 50]
+    assert not late and len(read) > n - shuffle.window - 60
+
+
+@pytest.mark.parametrize("shuffle", [FULL, Shuffle(16, 8)])
+def test_one_two_and_four_ranks_see_the_same_global_batches(shuffle: Shuffle) -> None:
+    sampler = Sampler(2, 1000, 64, shuffle)
+    for step in (0, 7, 20):
+        for ranks in (1, 2, 4):
+            shares = [sampler.batch(step, sampler.share(rank, ranks)) for rank in range(ranks)]
+            assert {len(share) for share in shares} == {64 // ranks}
+            np.testing.assert_array_equal(np.concatenate(shares), sampler.batch(step))
+    with pytest.raises(BadConfig, match="--batch-size is 64 for all processes together and there are 3"):
+        sampler.share(0, 3)
+
+
+def test_the_images_crops_and_captions_of_all_ranks_are_those_of_one(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = prepare(world.config())
+    monkeypatch.setattr("lift_trainer.batches.PART", 3)
+
+    def stream(share: slice | None) -> list[Batch]:
+        made = Batches(ImageStore(job.index, 10**6), job.text, job.sampler, 0, 16, 0, share)
+        return list(made.stream(2, 6, 0, torch.device("cpu")))
+
+    whole = stream(None)
+    for ranks in (2, 4):
+        shares = [stream(job.sampler.share(rank, ranks)) for rank in range(ranks)]
+        for expected, *parts in zip(whole, *shares, strict=True):
+            joined = Batch.join(parts)
+            assert torch.equal(joined.pixels, expected.pixels)
+            assert torch.equal(joined.captions, expected.captions)
+            assert torch.equal(joined.text, expected.text)
+
+
+def test_reading_ahead_changes_nothing_and_reads_whole_blocks(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = prepare(world.config())
+    sampler = Sampler(0, len(job.index), 4, Shuffle(4, 2))
+
+    def pixels() -> list[torch.Tensor]:
+        batches = Batches(ImageStore(job.index, 10**6), job.text, sampler, 0, 16, 0)
+        return [batch.pixels for batch in batches.stream(0, 7, 0, torch.device("cpu"))]
+
+    read: list[tuple[int, int]] = []
+    monkeypatch.setattr(
+        "lift_trainer.shards.LocalShard.read_ahead", lambda self, offset, size: read.append((offset, size))
+    )
+    monkeypatch.setattr("lift_trainer.read_ahead._room", lambda *, remote: 1e12)
+    ahead = pixels()
+    for _ in range(100):
+        if len(read) == 5:
+            break
+        time.sleep(0.02)
+    assert len(read) == 5, "the 28 samples are 7 blocks, of which the first window of 2 has nothing before it"
+    assert all(size > 3 * 512 for _, size in read)
+    monkeypatch.setattr("lift_trainer.read_ahead._room", lambda *, remote: 0)
+    assert all(torch.equal(a, b) for a, b in zip(ahead, pixels(), strict=True))
 
 
 def test_all_captions_of_an_image_are_used_equally_often() -> None:

@@ -7,6 +7,9 @@ import multiprocessing
 import os
 import resource
 import signal
+import subprocess
+import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,7 +19,9 @@ from torch import nn
 from lift_cache.bulk import write_cache
 from lift_cache.encoding import Encoding
 from lift_cache.errors import BadConfig, CacheDamaged, CacheFull, CacheLocked, LiftError, UnsupportedFormat
-from lift_trainer.checkpoint import find_checkpoint, save_checkpoint
+from lift_trainer.batches import Batches, WorkerDied
+from lift_trainer.checkpoint import find_checkpoint, require_checkpoint, save_checkpoint
+from lift_trainer.images import ImageStore
 from lift_trainer.job import prepare
 from lift_trainer.lock import only_trainer
 from lift_trainer.loop import Outcome, train
@@ -220,6 +225,93 @@ def test_a_worker_that_is_killed_costs_no_step(world: World, monkeypatch: pytest
             run(world, epochs=40, workers=1, cache_images=0)
     found = find_checkpoint(world.root / "run")
     assert found is not None and found.state.step >= 2
+
+
+def test_a_worker_that_dies_over_an_image_is_noticed_at_once_and_the_image_named(
+    world: World, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """As a decoder that crashes would do it; the trainer is inside of a step then."""
+    pixels, fatal = ImageStore.pixels, 17
+
+    def crashing(self: ImageStore, sample: int) -> torch.Tensor:
+        if sample == fatal and multiprocessing.parent_process() is not None:
+            os.kill(os.getpid(), signal.SIGSEGV)
+        return pixels(self, sample)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ImageStore, "pixels", crashing)
+        began = time.monotonic()
+        with pytest.raises(
+            LiftError,
+            match=r"died after step \d+ \(process \d+ was killed by SIGSEGV while it read .*:0017; .* saved",
+        ):
+            run(world, workers=1, cache_images=0)
+        assert time.monotonic() - began < 30
+    assert f"while it read {world.shard}:0017" in capfd.readouterr().err
+    outcome = run(world, workers=0, cache_images=0)
+    expected = run(world, "whole", workers=0, cache_images=0)
+    assert all(torch.equal(a, weights(expected)[name]) for name, a in weights(outcome).items())
+
+
+def test_the_death_of_a_worker_is_said_while_the_trainer_computes(
+    world: World, capfd: pytest.CaptureFixture[str]
+) -> None:
+    job = prepare(world.config())
+    batches = Batches(ImageStore(job.index, 10**6), job.text, job.sampler, 0, 16, 0)
+    arriving = batches.stream(0, 200, 1, torch.device("cpu"))
+    next(arriving)
+    for worker in multiprocessing.active_children():
+        worker.kill()
+    said, end = "", time.monotonic() + 20
+    while "died" not in said and time.monotonic() < end:  # no batch is asked for
+        time.sleep(0.05)
+        said += capfd.readouterr().err
+    assert "a process that reads images died: process" in said and "killed by SIGKILL" in said
+    began = time.monotonic()
+    with pytest.raises(WorkerDied, match="killed by SIGKILL"):
+        next(arriving)
+    assert time.monotonic() - began < 2, "the batches in the queue are not waited for"
+
+
+def test_a_checkpoint_says_of_what_it_was_made(world: World) -> None:
+    outcome = run(world, steps=2, text_transform="center")
+    state = require_checkpoint(world.root / "run").state
+    assert state.index_digest == prepare(world.config("other")).index.digest
+    assert state.snapshot and state.recipe and state.config.text_transform == "center"
+    assert (outcome.checkpoint / "text-transform.safetensors").exists()
+    made_by = state.libraries["lift-trainer"]
+    in_checkout = subprocess.run(
+        ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short=7", "HEAD"],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert made_by.startswith("0.") and (in_checkout.returncode != 0 or in_checkout.stdout.strip() in made_by)
+
+
+@pytest.mark.parametrize("damage", ["empty", "zeros", "flipped", "missing", "other"])
+def test_a_checkpoint_damaged_in_any_way_is_named_in_one_line_and_passed_over(
+    world: World, capsys: pytest.CaptureFixture[str], damage: str
+) -> None:
+    outcome = run(world, steps=6, checkpoint_every=3)
+    file = outcome.checkpoint / "model.safetensors"
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    if damage == "missing":
+        file.unlink()
+    else:
+        whole = file.with_name("optimizer.safetensors").read_bytes()
+        file.write_bytes({"empty": b"", "zeros": bytes(len(data)), "flipped": data, "other": whole}[damage])
+    capsys.readouterr()
+    found = find_checkpoint(world.root / "run")
+    said = capsys.readouterr().err
+    assert found is not None and found.state.step == 3
+    assert (
+        said.count("\n") == 1
+        and "step-000006 is torn: model.safetensors" in said
+        and "the one before" in said
+    )
+    continued = run(world, steps=6, checkpoint_every=3)
+    again = run(world, "whole", steps=6, checkpoint_every=3)
+    assert all(torch.equal(a, weights(again)[name]) for name, a in weights(continued).items())
 
 
 def test_only_the_newest_checkpoints_are_kept(world: World) -> None:
