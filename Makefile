@@ -19,7 +19,7 @@ setup:  ## make both environments, .venv/embedder and .venv/trainer (once)
 demo: setup  ## the whole pipeline on 3,584 emoji and their names, ending with runs/demo/report.html
 	@$(T)/python scripts/demo.py
 
-test: lint test-fast test-tools test-service test-e2e  ## everything that CI runs: lint, types, all tests
+test: lint test-fast test-tools test-service test-e2e torture-short  ## everything that CI runs: lint, types, all tests
 
 test-fast: setup  ## the tests that need no engine and no server (under a minute)
 	@$(MAKE) --no-print-directory -j2 --output-sync=target fast-embedder fast-trainer
@@ -43,7 +43,6 @@ torture: setup  ## try to break what docs/cache.md promises: power loss, kill -9
 	$(E)/python tests/torture --full
 
 torture-short: setup  ## a five-minute share of it
-	$(E)/pytest -q tests/torture/test_disk.py
 	$(E)/python tests/torture --budget 300
 
 lint: setup  ## ruff and mypy
