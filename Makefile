@@ -39,7 +39,7 @@ test-service: setup  ## the real vLLM engine, a real server and browser, kill -9
 test-e2e: setup  ## captions → server → cache → trainer → report, in small; a trainer killed again and again
 	$(T)/pytest -q --durations=5 tests/e2e tests/crash/test_training_killed.py
 
-torture: setup  ## try to break what docs/cache.md promises: power loss, kill -9, damage, full disks (an hour)
+torture: setup  ## try to break what docs/cache.md promises: power loss, kill -9, damage, full disks (half an hour)
 	$(E)/python tests/torture --full
 
 torture-short: setup  ## a five-minute share of it
