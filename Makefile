@@ -21,7 +21,7 @@ demo: setup  ## the whole pipeline on 3,584 emoji and their names, ending with r
 
 test: lint test-fast test-tools test-service test-e2e torture-short  ## everything that CI runs: lint, types, all tests
 
-test-fast: setup  ## the tests that need no engine and no server (under a minute)
+test-fast: setup  ## the tests that need no engine and no server of ours (two to three minutes)
 	@$(MAKE) --no-print-directory -j2 --output-sync=target fast-embedder fast-trainer
 
 fast-embedder:

@@ -125,9 +125,9 @@ def test_a_run_killed_at_random_moments_ends_as_if_nothing_had_happened(
             again = disturbed < ROUNDS
             status = disturb(child, run, whole_s, training_s, chance) if again else child.wait(timeout=600)
         text = (tmp_path / "said").read_text()
-        assert status in (0, -signal.SIGKILL, 128 + signal.SIGTERM, 128 + signal.SIGINT, -signal.SIGTERM), (
-            text
-        )
+        # Before and after the trainer listens for them, a signal ends the process as it does any other.
+        stopped = {-signal.SIGKILL, -signal.SIGTERM, -signal.SIGINT}
+        assert status in stopped | {0, 128 + signal.SIGTERM, 128 + signal.SIGINT}, text
         # A worker that outlives kill -9 may say that nobody listens any more.
         assert status == -signal.SIGKILL or "Traceback" not in text, text
         assert "torn" not in text, text
