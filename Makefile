@@ -7,7 +7,7 @@ E := .venv/embedder/bin
 T := .venv/trainer/bin
 
 .PHONY: help setup demo test test-fast test-tools test-service test-e2e torture torture-short lint format \
-        fast-embedder fast-trainer bench-posembed bench-emoji bench-cache bench-encodings clean
+        fast-embedder fast-trainer slow-embedder slow-trainer bench-posembed bench-emoji bench-cache bench-encodings clean
 
 help:  ## say what there is
 	@awk -F':.*## ' '/^[a-z0-9-]+:.*## /{printf "  make %-17s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -21,17 +21,24 @@ demo: setup  ## the whole pipeline on 3,584 emoji and their names, ending with r
 
 test: lint test-fast test-tools test-service test-e2e torture-short  ## everything that CI runs: lint, types, all tests
 
-test-fast: setup  ## the tests that need no engine and no server of ours (two to three minutes)
+test-fast: setup  ## the tests that need no engine and no server of ours, but for slow ones (a minute)
 	@$(MAKE) --no-print-directory -j2 --output-sync=target fast-embedder fast-trainer
 
 fast-embedder:
-	$(E)/pytest -q tests/unit/project tests/unit/cache tests/unit/embedder
+	$(E)/pytest -q -m 'not slow' tests/unit/project tests/unit/cache tests/unit/embedder
 
 fast-trainer:
-	$(T)/pytest -q tests/unit/trainer tests/unit/data tests/unit/report
+	$(T)/pytest -q -m 'not slow' tests/unit/trainer tests/unit/data tests/unit/report
 
-test-tools: setup  ## what lift-cache does with real caches: convert, repair, plan, move (two minutes)
+test-tools: setup  ## the slow ones, and what lift-cache does with real caches: convert, repair, plan, move
+	@$(MAKE) --no-print-directory -j2 --output-sync=target slow-embedder slow-trainer
 	$(E)/pytest -q --durations=5 tests/tools tests/torture/test_disk.py
+
+slow-embedder:
+	$(E)/pytest -q -m slow --durations=5 tests/unit/cache tests/unit/embedder
+
+slow-trainer:
+	$(T)/pytest -q -m slow --durations=5 tests/unit/trainer
 
 test-service: setup  ## the real vLLM engine, a real server and browser, kill -9, full disks, overload
 	$(E)/pytest -q --durations=8 --ignore=tests/crash/test_training_killed.py tests/crash tests/service

@@ -13,18 +13,31 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from multiprocessing.connection import wait
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from lift_cache.errors import LiftError
+from lift_trainer.aligned import AlignedText
+from lift_trainer.features import FeatureStore
 from lift_trainer.images import NOTHING, ImageStore
 from lift_trainer.read_ahead import ReadAhead
-from lift_trainer.sampling import Sampler, choose_caption
+from lift_trainer.samples import Index
+from lift_trainer.sampling import (
+    Captions,
+    Sampler,
+    choose_caption,
+    choose_mixed,
+    choose_several,
+    draw_texts,
+    equal_share,
+    mix_weights,
+)
 from lift_trainer.text import TextVectors
 
 PART = 512
@@ -36,14 +49,25 @@ class WorkerDied(RuntimeError):
 
 
 class Batch(NamedTuple):
-    """Input of one step, or a part of it. B images of side S, text vectors of width D."""
+    """Input of one step, or a part of it. B images of side S, with one text each or P, from each of several
+    caches: vectors of width W, or tokens. K: captions of the image that has the most; M further texts."""
 
     pixels: torch.Tensor
-    """uint8 [B, 3, S, S]."""
-    text: torch.Tensor
-    """float16 or float32 [B, D], as stored."""
+    """uint8 [B, 3, S, S]; or float32 [B, width], kept features of a frozen tower."""
+    texts: tuple[torch.Tensor, ...]
+    """One per cache: float16 or float32 [B, W] as stored, or int64 tokens [B, L]. Where all captions are positives
+    [B, P, W] or [B, P, L], with zeros for absent ones."""
     captions: torch.Tensor
-    """int64 [B]: number of each caption."""
+    """int64 [B] or [B, P]: number of each caption; −1: absent."""
+    images: torch.Tensor
+    """int64 [B]: number of the sample that each image is of."""
+    known: torch.Tensor
+    """int64 [B, K]: every caption of each image, also those not drawn; −1 where it has fewer. Without further
+    texts [B, 0]."""
+    extra_texts: tuple[torch.Tensor, ...]
+    """Texts beyond the batch, this process's share: one per cache, [M, W] or [M, L]."""
+    extra_captions: torch.Tensor
+    """int64 [M]: number of each."""
     bad: list[tuple[int, str]]
     """Samples whose image could not be read, and why; others stand in their places."""
 
@@ -51,15 +75,29 @@ class Batch(NamedTuple):
         def move(tensor: torch.Tensor) -> torch.Tensor:
             return tensor.to(device, non_blocking=True)
 
-        return Batch(move(self.pixels), move(self.text), move(self.captions), self.bad)
+        return Batch(
+            pixels=move(self.pixels),
+            texts=tuple(map(move, self.texts)),
+            captions=move(self.captions),
+            images=move(self.images),
+            known=move(self.known),
+            extra_texts=tuple(map(move, self.extra_texts)),
+            extra_captions=move(self.extra_captions),
+            bad=self.bad,
+        )
 
     @classmethod
     def join(cls, parts: list[Batch]) -> Batch:
+        most = max(part.known.shape[1] for part in parts)
         return cls(
-            torch.cat([part.pixels for part in parts]),
-            torch.cat([part.text for part in parts]),
-            torch.cat([part.captions for part in parts]),
-            [bad for part in parts for bad in part.bad],
+            pixels=torch.cat([part.pixels for part in parts]),
+            texts=tuple(map(torch.cat, zip(*(part.texts for part in parts), strict=True))),
+            captions=torch.cat([part.captions for part in parts]),
+            images=torch.cat([part.images for part in parts]),
+            known=torch.cat([F.pad(part.known, (0, most - part.known.shape[1]), value=-1) for part in parts]),
+            extra_texts=tuple(map(torch.cat, zip(*(part.extra_texts for part in parts), strict=True))),
+            extra_captions=torch.cat([part.extra_captions for part in parts]),
+            bad=[bad for part in parts for bad in part.bad],
         )
 
 
@@ -68,13 +106,23 @@ class Batches(Dataset[Batch | LiftError]):
     """Item `step · parts + p` is part p of the share that this process has in the batch of a step."""
 
     images: ImageStore
-    text: TextVectors
+    texts: tuple[TextVectors, ...]
+    """Of one index, one per cache."""
     sampler: Sampler
     seed: int
     image_size: int
     max_bad: int
     share: slice | None = None
     """Which places of the global batch are this process's (`Sampler.share`); None: all."""
+    captions: Captions = field(default_factory=Captions)
+    negatives: int = 0
+    """Texts beyond the batch in a step, for all processes together, drawn from the distinct captions."""
+    features: FeatureStore | None = None
+    """What stands for the pixels, if anything does."""
+
+    def __post_init__(self) -> None:
+        """Raises BadConfig: further texts that cannot be shared out equally."""
+        _ = self._numbers
 
     @property
     def parts(self) -> int:
@@ -84,6 +132,13 @@ class Batches(Dataset[Batch | LiftError]):
     @property
     def _places(self) -> range:
         return range(self.sampler.batch_size)[self.share or slice(None)]
+
+    @property
+    def _numbers(self) -> range:
+        """Which of a step's further texts are this process's: the same share as of the places."""
+        each = len(self._places)
+        ranks, rank = self.sampler.batch_size // each, self._places.start // each
+        return range(self.negatives)[equal_share(self.negatives, rank, ranks, "--text-negatives")]
 
     def stream(self, start: int, stop: int, workers: int, device: torch.device) -> Iterator[Batch]:
         """Batches of steps start … stop − 1, in order, on the device.
@@ -131,20 +186,72 @@ class Batches(Dataset[Batch | LiftError]):
         places = self._places[part * PART : (part + 1) * PART]
         which = slice(places.start, places.stop)
         try:
-            _read_ahead(self).of(step, which)
-            return self._part(step, which)
+            if self.features is None:
+                _read_ahead(self).of(step, which)
+            return self._part(step, part, which)
         except LiftError as error:
             return error
 
-    def _part(self, step: int, which: slice) -> Batch:
-        index, epoch = self.images.index, self.sampler.epoch_of(step)
-        samples, pixels, bad = self.images.train_views(
-            self.sampler.batch(step, which), self.seed, epoch, self.image_size, self.max_bad
+    def _part(self, step: int, part: int, which: slice) -> Batch:
+        index, epoch, wanted = self.images.index, self.sampler.epoch_of(step), self.sampler.batch(step, which)
+        if self.features is not None:
+            samples, pixels, bad = self.features.views(wanted, index, self.max_bad)
+        else:
+            samples, pixels, bad = self.images.train_views(
+                wanted, self.seed, epoch, self.image_size, self.max_bad
+            )
+        pairs = self._pairs(epoch, samples)
+        edges = [len(self._numbers) * p // self.parts for p in (part, part + 1)]
+        numbers = np.array(self._numbers[slice(*edges)], np.int64)
+        extra = draw_texts(self.seed, step, numbers, len(index.captions))
+        known = index.pairs_of(samples) if self.negatives else np.empty((len(samples), 0), np.int64)
+        return Batch(
+            pixels=pixels,
+            texts=tuple(_texts(text, index, pairs) for text in self.texts),
+            captions=torch.from_numpy(_captions(index, pairs)),
+            images=torch.from_numpy(samples),
+            known=torch.from_numpy(_captions(index, known)),
+            extra_texts=tuple(_gathered(text, extra) for text in self.texts),
+            extra_captions=torch.from_numpy(extra),
+            bad=list(bad.items()),
         )
-        chosen = choose_caption(self.seed, epoch, samples, index.caption_counts(samples))
-        captions = index.pairs[index.first[samples] + chosen]
-        text = torch.from_numpy(np.ascontiguousarray(self.text.gather(captions)))
-        return Batch(pixels, text, torch.from_numpy(captions), list(bad.items()))
+
+    def _pairs(self, epoch: int, samples: np.ndarray) -> np.ndarray:
+        """(Sample, caption) pairs that stand for samples: int64 [n], or [n, P] with −1 for absent ones."""
+        index, counts = self.images.index, self.images.index.caption_counts(samples)
+        first = index.first[samples]
+        if self.captions.choice == "all":
+            width = self.captions.width(index.most_captions)
+            chosen = choose_several(self.seed, epoch, samples, counts, width)
+            return np.where(chosen < 0, -1, first[:, None] + chosen)
+        if self.captions.mix:
+            table = index.pairs_of(samples)
+            fields = np.where(table < 0, -1, index.field_of_pair[table].astype(np.int64))
+            return first + choose_mixed(self.seed, epoch, samples, mix_weights(self.captions.mix, fields))
+        return first + choose_caption(self.seed, epoch, samples, counts)
+
+
+def _captions(index: Index, pairs: np.ndarray) -> np.ndarray:
+    """Caption numbers of pairs; −1 of −1."""
+    return np.where(pairs < 0, -1, index.pairs[pairs])
+
+
+def _texts(text: TextVectors, index: Index, pairs: np.ndarray) -> torch.Tensor:
+    """Vectors or tokens of pairs, [*pairs.shape, W]; zeros of −1."""
+    present = pairs >= 0
+    if isinstance(text, AlignedText):
+        gathered = text.gather_pairs(pairs[present])
+    else:
+        gathered = text.gather(index.pairs[pairs[present]])
+    if present.all():
+        return torch.from_numpy(np.ascontiguousarray(gathered)).view(*pairs.shape, -1)
+    out = np.zeros((*pairs.shape, gathered.shape[-1]), gathered.dtype)
+    out[present] = gathered
+    return torch.from_numpy(out)
+
+
+def _gathered(text: TextVectors, captions: np.ndarray) -> torch.Tensor:
+    return torch.from_numpy(np.ascontiguousarray(text.gather(captions)))
 
 
 class _Deaths:

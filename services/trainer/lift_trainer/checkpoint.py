@@ -1,6 +1,7 @@
 """Checkpoints: directories that are either whole or not there, in safetensors and JSON.
 
     run/checkpoints/step-000123/   model.safetensors  optimizer.safetensors  text-transform.safetensors  state.json
+                                   (one transform per cache, -2, -3, … for further ones)
     run/checkpoints/latest         the name of the newest
 
 A checkpoint is written under a temporary name, fsynced and renamed; `state.json` holds the digest of every
@@ -13,18 +14,18 @@ import json
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors.torch import load_file
 from torch import nn
 
-from lift_cache.errors import BadConfig, CacheDamaged, CacheNotFound, UnsupportedFormat
+from lift_cache.errors import BadConfig, CacheDamaged, CacheNotFound
 from lift_cache.files import (
     digest_file,
     make_directory,
@@ -35,44 +36,17 @@ from lift_cache.files import (
     temporary_name,
     write_atomic,
 )
-from lift_cache.recipe import Recipe
 from lift_trainer.config import RESUMABLE, TrainConfig
+from lift_trainer.record import STATE, State, TextState, as_current
 from lift_trainer.tensors import write_tensors
 from lift_trainer.transform import TextTransform
 
-MODEL, OPTIMIZER, TRANSFORM, STATE = (
-    "model.safetensors",
-    "optimizer.safetensors",
-    "text-transform.safetensors",
-    "state.json",
-)
+MODEL, OPTIMIZER = "model.safetensors", "optimizer.safetensors"
 
 
-STATE_VERSION = 1
-
-
-class State(BaseModel):
-    """What a run needs to go on, beside its tensors."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    version: Literal[1] = 1
-    step: int
-    """Steps done."""
-    total_steps: int
-    text_dimensions: int
-    """Width of the text vectors after the transform, and of the head."""
-    config: TrainConfig
-    index_digest: str
-    snapshot: str | None
-    recipe: Recipe | None
-    overlay_digest: str | None
-    bad: dict[str, str]
-    """Broken samples met so far: place → reason."""
-    libraries: dict[str, str]
-    """Versions; that of lift-trainer with the commit, where it runs from a checkout."""
-    files: dict[str, str] = {}
-    """Name → BLAKE2b-128 of the files beside this one."""
+def transform_file(number: int) -> str:
+    """Name of the transform of one cache, counted from 0."""
+    return "text-transform.safetensors" if number == 0 else f"text-transform-{number + 1}.safetensors"
 
 
 @dataclass(frozen=True)
@@ -92,8 +66,9 @@ class Checkpoint:
                 # `step` stays where AdamW wants it: fused on the device, as the moments are.
                 optimizer.state[parameter] = {key: t.to(parameter.device) for key, t in state.items()}
 
-    def load_transform(self) -> TextTransform:
-        return TextTransform.load(self.path / TRANSFORM)
+    def load_transforms(self) -> tuple[TextTransform, ...]:
+        """One per cache. Raises CacheDamaged."""
+        return tuple(TextTransform.load(self.path / transform_file(n)) for n in range(len(self.state.texts)))
 
 
 def save_checkpoint(
@@ -101,14 +76,16 @@ def save_checkpoint(
     state: State,
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
-    transform: TextTransform,
+    transforms: Sequence[TextTransform],
     keep: int,
     before: Checkpoint | None,
+    best: Path | None = None,
 ) -> Checkpoint:
     """Write a checkpoint durably, point `latest` at it and drop all but the newest `keep`.
 
     Args:
         before: the one that the run went on from. What else is newer is torn, and would push out good ones.
+        best: one that stays whatever `keep` says.
 
     Raises:
         CacheFull: no room; the checkpoints before stay.
@@ -130,8 +107,9 @@ def save_checkpoint(
                     for key, value in optimizer.state.get(parameter, {}).items()
                 },
             )
-            transform.save(temporary / TRANSFORM)
-            digests = {name: digest_file(temporary / name) for name in (MODEL, OPTIMIZER, TRANSFORM)}
+            for number, transform in enumerate(transforms):
+                transform.save(temporary / transform_file(number))
+            digests = {path.name: digest_file(path) for path in sorted(temporary.iterdir())}
             libraries = state.libraries | {"lift-trainer": code_version()}
             state = state.model_copy(update={"files": digests, "libraries": libraries})
             (temporary / STATE).write_text(state.model_dump_json(indent=2) + "\n")
@@ -146,7 +124,7 @@ def save_checkpoint(
             shutil.rmtree(temporary, ignore_errors=True)
         write_atomic(directory / "latest", f"{final.name}\n".encode())
     since = before.state.step if before else 0
-    others = [path for path in _directories(run) if path != final]
+    others = [path for path in _directories(run) if path not in (final, best)]
     torn = [path for path in others if _step_of(path) > since]
     for old in torn + others[len(torn) + keep - 1 :]:
         shutil.rmtree(old)
@@ -213,26 +191,14 @@ def read_checkpoint(path: Path) -> Checkpoint:
     """Open one checkpoint directory and check its digests. Raises CacheDamaged, UnsupportedFormat."""
     try:
         written = (path / STATE).read_bytes()
-        _refuse_newer(path, written)
-        state = State.model_validate_json(written)
-    except (OSError, ValidationError) as error:
+        state = State.model_validate(as_current(path, json.loads(written)))
+    except (OSError, ValueError, LookupError, TypeError) as error:
         raise CacheDamaged(f"{path} is torn: {STATE}: {str(error).splitlines()[0]}") from None
-    for name in (MODEL, OPTIMIZER, TRANSFORM):
+    for name in (MODEL, OPTIMIZER, *map(transform_file, range(len(state.texts)))):
         file = path / name
         if not file.is_file() or digest_file(file) != state.files.get(name):
             raise CacheDamaged(f"{path} is torn: {name} is not what was written")
     return Checkpoint(path, state)
-
-
-def _refuse_newer(path: Path, written: bytes) -> None:
-    try:
-        version = json.loads(written)["version"]
-    except (ValueError, KeyError, TypeError):
-        return  # torn, which is said elsewhere
-    if isinstance(version, int) and version > STATE_VERSION:
-        raise UnsupportedFormat(
-            f"{path} has checkpoint version {version}; this software reads {STATE_VERSION}: update it"
-        )
 
 
 def require_checkpoint(run: Path) -> Checkpoint:
@@ -262,19 +228,24 @@ def refuse_other_config(run: Path, state: State, config: TrainConfig) -> None:
 
 
 def refuse_other_inputs(
-    run: Path, state: State, *, index_digest: str, snapshot: str | None, overlay_digest: str | None
+    run: Path | str, state: State, *, index_digest: str, texts: Sequence[TextState]
 ) -> None:
     """Raises BadConfig when the data or the text vectors are not the ones that the run began with."""
-    for what, theirs, ours in (
-        ("the digest of --data", state.index_digest, index_digest),
-        ("the snapshot of --cache", state.snapshot, snapshot),
-        ("the digest of the vectors embedded at --server", state.overlay_digest, overlay_digest),
-    ):
-        if ours != theirs:
-            raise _refusal(run, what, theirs, ours)
+    if index_digest != state.index_digest:
+        raise _refusal(run, "the digest of --data", state.index_digest, index_digest)
+    if len(texts) != len(state.texts):
+        raise _refusal(run, "a number of --cache", len(state.texts), len(texts))
+    for number, (theirs, ours) in enumerate(zip(state.texts, texts, strict=True)):
+        which = "--cache" if number == 0 else f"--cache number {number + 1}"
+        for what, then, now in (
+            (f"the snapshot of {which}", theirs.snapshot, ours.snapshot),
+            ("the digest of the vectors embedded at --server", theirs.overlay_digest, ours.overlay_digest),
+        ):
+            if then != now:
+                raise _refusal(run, what, then, now)
 
 
-def _refusal(run: Path, what: str, theirs: Any, ours: Any) -> BadConfig:
+def _refusal(run: Path | str, what: str, theirs: Any, ours: Any) -> BadConfig:
     return BadConfig(
         f"{run} was begun with {what} = {theirs} and is now given {ours}; give what it was, or another --run"
     )

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from cyclopts import App, Parameter
-from cyclopts.config import Env, Yaml
+from cyclopts.config import Dict, Env, Yaml
 from cyclopts.types import NonNegativeInt, PositiveInt
 
 from lift_cache.errors import BadConfig
@@ -41,7 +41,7 @@ TRAIN_HELP = """Train an image encoder against a cache of caption embeddings.
 
 The same command again continues a run from its newest checkpoint. Every flag can also be a field of the
 file given by --config (YAML), or an environment variable: --batch-size, batch_size, LIFT_BATCH_SIZE; a flag
-wins over the environment, the environment over the file.
+wins over the environment, the environment over the file, the file over a preset.
 
 **A first run, on a laptop**
 
@@ -50,8 +50,20 @@ wins over the environment, the environment over the file.
 
 **The paper's tower on your own images (CSV with columns image, caption)**
 
-`lift-train --cache cache --data pairs.csv --images photos/ --epochs 32 --batch-size 1024 --lr-scaling sqrt
---run runs/photos`
+`lift-train --preset recommended --cache cache --data pairs.csv --images photos/ --epochs 32 --batch-size 1024
+--lr-scaling sqrt --run runs/photos`
+
+**Another method on the same data**
+
+`lift-train --preset clip --data pairs.csv --images photos/ --epochs 32 --batch-size 1024 --run runs/clip`
+
+**Eight GPUs**
+
+`torchrun --nproc-per-node 8 --no-python -- lift-train --config run.yaml`
+
+**The run of a checkpoint once more**
+
+`lift-train --from-record runs/photos --run runs/again`
 
 **What would happen, without doing it**
 
@@ -69,51 +81,93 @@ def _train(argv: Sequence[str]) -> int:
         config_file: Annotated[
             Path | None, Parameter(name="--config", group=RUN, help="YAML file with any of these settings.")
         ] = None,
+        preset: Annotated[
+            str | None,
+            Parameter(group=RUN, help=f"Settings of a published method: {', '.join(sorted(presets()))}."),
+        ] = None,
+        from_record: Annotated[
+            Path | None,
+            Parameter(
+                group=RUN,
+                help="Repeat the run of this directory or checkpoint: its settings, snapshot and data.",
+            ),
+        ] = None,
         dry_run: Annotated[
             bool, Parameter(negative=(), group=RUN, env_var=(), help="Print the plan and stop.")
         ] = False,
     ) -> int:
         # These import torch: seconds that --help should not cost.
         with loading(TRAIN_INTERRUPTED):
+            from lift_trainer.distributed import rank
             from lift_trainer.job import prepare
+            from lift_trainer.launch import ranks
             from lift_trainer.loop import train as run_job
+            from lift_trainer.plan import dry_run as try_out
+            from lift_trainer.plan import plan
 
-        job = prepare(config)
-        print(job.plan(), file=sys.stderr)
-        if dry_run:
-            return 0
-        outcome = run_job(job)
-        if outcome.signal is not None and not outcome.finished:
-            print(
-                f"stopped by {outcome.signal.name} after step {outcome.step} of {outcome.total}; saved as "
-                f"{outcome.checkpoint}; the same command continues there",
-                file=sys.stderr,
+        with ranks(config.device):
+
+            def say(text: str) -> None:
+                if rank() == 0:
+                    print(text, file=sys.stderr)
+
+            job = prepare(config, record)
+            say(plan(job))
+            if dry_run:
+                say(try_out(job))
+                return 0
+            outcome = run_job(job)
+            if outcome.signal is not None and not outcome.finished:
+                say(
+                    f"stopped by {outcome.signal.name} after step {outcome.step} of {outcome.total}; saved as "
+                    f"{outcome.checkpoint}; the same command continues there"
+                )
+                return 128 + outcome.signal
+            bad = f", {len(job.rejects.named)} broken samples left out" if job.rejects.named else ""
+            say(
+                f"done: {outcome.step} steps, saved as {outcome.checkpoint}{bad}; next: "
+                f"lift-eval retrieval --run {config.run} --data SHARDS"
             )
-            return 128 + outcome.signal
-        bad = f", {len(job.rejects.named)} broken samples left out" if job.rejects.named else ""
-        print(
-            f"done: {outcome.step} steps, saved as {outcome.checkpoint}{bad}; next: "
-            f"lift-eval retrieval --run {config.run} --data SHARDS",
-            file=sys.stderr,
-        )
         return 0
 
     sources: list[Any] = [Env("LIFT_", command=False)]
-    file = _config_file(argv)
-    if file is not None:
-        sources.append(_yaml(file))
+    if file := _given(argv, "config"):
+        sources.append(_yaml(Path(file)))
+    if name := _given(argv, "preset"):
+        sources.append(_yaml(_preset(name)))
+    record = None
+    if place := _given(argv, "from-record"):
+        with loading(TRAIN_INTERRUPTED):
+            from lift_trainer.record import read_record
+        record = read_record(Path(place))
+        settings = record.config.model_dump(mode="json", exclude_defaults=True, exclude={"run"})
+        sources.append(Dict(settings, source=f"--from-record {place}", use_commands_as_keys=False))
     app.config = sources
     return run_app(app, argv)
 
 
-def _config_file(argv: Sequence[str]) -> Path | None:
-    """`--config FILE` has to be known before the other flags are parsed."""
+def _given(argv: Sequence[str], name: str) -> str | None:
+    """What flags name further settings has to be known before the others are parsed."""
+    flag = f"--{name}"
     for position, argument in enumerate(argv):
-        if argument.startswith("--config="):
-            return Path(argument.partition("=")[2])
-        if argument == "--config" and position + 1 < len(argv):
-            return Path(argv[position + 1])
-    return Path(os.environ["LIFT_CONFIG"]) if "LIFT_CONFIG" in os.environ else None
+        if argument.startswith(f"{flag}="):
+            return argument.partition("=")[2]
+        if argument == flag and position + 1 < len(argv):
+            return argv[position + 1]
+    return os.environ.get(f"LIFT_{name.upper().replace('-', '_')}")
+
+
+def presets() -> dict[str, Path]:
+    """Files with the settings of published methods, by name."""
+    return {path.stem: path for path in (Path(__file__).parent / "presets").glob("*.yaml")}
+
+
+def _preset(name: str) -> Path:
+    """Raises BadConfig."""
+    found = presets()
+    if name not in found:
+        raise BadConfig(f"--preset {name}: there is none of that name, but {', '.join(sorted(found))}")
+    return found[name]
 
 
 def _yaml(file: Path) -> Yaml:
@@ -151,7 +205,7 @@ def _eval_app() -> App:
         name: Annotated[str | None, Parameter(group=RUN)] = None,
         images: Annotated[Path | None, Parameter(group=DATA)] = None,
         image_field: Annotated[str, Parameter(group=DATA)] = "image",
-        caption_field: Annotated[str | None, Parameter(group=DATA)] = None,
+        caption_field: Annotated[list[str], Parameter(group=DATA, negative_iterable=())] = [],  # noqa: B006
         max_bad: Annotated[NonNegativeInt, Parameter(group=DATA)] = 100,
         cache: Annotated[str | None, Parameter(group=TEXT)] = None,
         server: Annotated[str | None, Parameter(group=TEXT)] = None,

@@ -8,6 +8,7 @@ deviation of 0.5 instead of CLIP's width^-0.5 (bench/posembed.py says why).
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,15 +19,39 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 
 from lift_cache.errors import BadConfig
 
+HeadName = Literal["none", "linear", "mlp", "gated", "sharelock"]
+Start = Literal["scratch", "pretrained", "frozen"]
+Pooling = Literal["mean", "class", "class+mean"]
+LossName = Literal["infonce", "cosine", "siglip"]
+Mask = Literal["none", "caption", "caption+image"]
+OptimizerName = Literal["adamw", "adam", "lion"]
+Spared = Literal["1d", "1d+positions", "nothing"]
+
 DATA = Group("Data", sort_key=1)
 TEXT = Group("Text", sort_key=2)
 MODEL = Group("Image tower", sort_key=3)
 LOSS = Group("Loss and optimiser", sort_key=4)
-RUN = Group("Run", sort_key=5)
+SCALE = Group("Memory and speed", sort_key=5)
+WATCH = Group("During training", sort_key=6)
+RUN = Group("Run", sort_key=7)
 
 
 def _flag(group: Group) -> Parameter:
     return Parameter(group=group, negative_iterable=(), negative_none=())
+
+
+def _paths(kind: Any, text: str) -> list[str]:
+    """How a variable of the environment names several: as PATH does."""
+    return text.split(os.pathsep)
+
+
+def _several(group: Group) -> Parameter:
+    """A flag that is given once for each of several."""
+    return Parameter(group=group, negative_iterable=(), env_var_split=_paths)
+
+
+def _switch(group: Group) -> Parameter:
+    return Parameter(group=group)
 
 
 class TrainConfig(BaseModel):
@@ -44,9 +69,21 @@ class TrainConfig(BaseModel):
     image_field: Annotated[str, _flag(DATA)] = Field(
         "image", description="Column of a table that names the image."
     )
-    caption_field: Annotated[str | None, _flag(DATA)] = Field(
-        None,
-        description="Field of the samples' JSON, or column of a table, that holds the caption or captions.",
+    caption_field: Annotated[list[str], _several(DATA)] = Field(
+        [],
+        description="Field of the samples' JSON, or column of a table, that holds the caption or captions. "
+        "Several (short ones and long ones): one flag each.",
+    )
+    caption_mix: Annotated[
+        list[float], Parameter(group=DATA, consume_multiple=True, negative_iterable=())
+    ] = Field(
+        [], description="How often each --caption-field is drawn, such as 0.5 0.5. Default: equally often."
+    )
+    captions: Annotated[Literal["one", "all"], _flag(DATA)] = Field(
+        "one", description="Of an image's captions, one is drawn each epoch, or all are positives."
+    )
+    most_captions: Annotated[int, _flag(DATA)] = Field(
+        5, gt=0, description="With --captions all: so many at most, drawn each epoch."
     )
     max_bad: Annotated[int, _flag(DATA)] = Field(
         100, ge=0, description="Stop when more samples than this are broken; each one is named and left out."
@@ -57,8 +94,27 @@ class TrainConfig(BaseModel):
         description="An image with more pixels counts as broken: decoding it could fill the memory.",
     )
 
-    cache: Annotated[str | None, _flag(TEXT)] = Field(
-        None, description="Cache of caption embeddings: PATH (newest snapshot) or PATH@ID."
+    cache: Annotated[list[str], _several(TEXT)] = Field(
+        [],
+        description="Cache of caption embeddings: PATH (newest snapshot) or PATH@ID. Several: one flag each; "
+        "every one of them gives each caption one more vector as a positive.",
+    )
+    text: Annotated[Literal["cache", "aligned"], _flag(TEXT)] = Field(
+        "cache",
+        description="aligned: --cache is a folder written by lift-cache export aligned, in the order of --data.",
+    )
+    text_tower: Annotated[Literal["cached", "clip"], _flag(TEXT)] = Field(
+        "cached", description="clip: train CLIP's text transformer with the images; no cache is used."
+    )
+    text_shape: Annotated[str, _flag(TEXT)] = Field(
+        "context=77,width=512,depth=12,heads=8",
+        description="Of --text-tower clip. context: tokens of a caption.",
+    )
+    text_head: Annotated[HeadName, _flag(TEXT)] = Field(
+        "none", description="Trained on top of the cached vectors; none: they are the targets as they are."
+    )
+    text_negatives: Annotated[int, _flag(TEXT)] = Field(
+        0, ge=0, description="Further captions per step as negatives, drawn from all training captions."
     )
     on_missing: Annotated[Literal["error", "skip", "embed"], _flag(TEXT)] = Field(
         "error", description="Captions that the cache lacks: stop, leave them out, or embed them at --server."
@@ -79,16 +135,52 @@ class TrainConfig(BaseModel):
         description="A timm vision transformer, or vit:width=128,depth=4,heads=4,patch=8. Trained from scratch.",
     )
     image_size: Annotated[int, _flag(MODEL)] = Field(224, gt=0, description="Side of the input, in pixels.")
+    start: Annotated[Start, _flag(MODEL)] = Field(
+        "scratch",
+        description="Fresh weights; or timm's of that name, trained on (pretrained) or kept (frozen).",
+    )
+    weights: Annotated[Path | None, _flag(MODEL)] = Field(
+        None, description="File with those weights, instead of fetching them."
+    )
+    pooling: Annotated[Pooling, _flag(MODEL)] = Field(
+        "mean",
+        description="What the head sees: the mean of the patches, the class token, or both side by side.",
+    )
+    head: Annotated[HeadName, _flag(MODEL)] = Field(
+        "mlp", description="From the pooled states into the common space."
+    )
+    init: Annotated[Literal["timm", "open_clip"], _flag(MODEL)] = Field(
+        "timm", description="Whose distribution fresh weights are drawn from."
+    )
+    dimensions: Annotated[int | None, _flag(MODEL)] = Field(
+        None, gt=0, description="Width of the common space. Default: that of the side that has no head."
+    )
+    keep_features: Annotated[bool, _switch(MODEL)] = Field(
+        False, description="Compute the states of a frozen tower once, without crops, and train on these."
+    )
     pos_embed: Annotated[str, _flag(MODEL)] = Field(
         "learned:0.5",
         description="learned:STD (a number or width^-0.5) or fixed sincos (sincos:RMS rescales it).",
     )
 
-    loss: Annotated[Literal["infonce", "cosine"], _flag(LOSS)] = Field(
-        "infonce", description="Contrastive in both directions, or 1 - cosine of the pairs."
+    loss: Annotated[LossName, _flag(LOSS)] = Field(
+        "infonce", description="Contrastive in both directions, SigLIP's sigmoid, or 1 - cosine of the pairs."
     )
-    mask: Annotated[Literal["none", "caption"], _flag(LOSS)] = Field(
-        "none", description="caption: an equal caption elsewhere in the batch is not a negative."
+    mask: Annotated[Mask, _flag(LOSS)] = Field(
+        "none",
+        description="What is no negative: an equal caption elsewhere in the batch; also the same image once more.",
+    )
+    scale: Annotated[float | None, _flag(LOSS)] = Field(
+        None,
+        ge=1,
+        le=100,
+        description="1 / temperature at the start. Default: 1/0.07 (infonce), 10 (siglip).",
+    )
+    bias: Annotated[float | None, _flag(LOSS)] = Field(
+        None, description="Of siglip at the start. Default: -10."
+    )
+    learn_scale: Annotated[bool, _switch(LOSS)] = Field(
+        True, description="Train the scale (and siglip's bias)."
     )
     batch_size: Annotated[int, _flag(LOSS)] = Field(16_384, gt=0, description="Images per step.")
     epochs: Annotated[int, _flag(LOSS)] = Field(1, gt=0, description="Passes over the images.")
@@ -105,10 +197,62 @@ class TrainConfig(BaseModel):
     warmup: Annotated[str, _flag(LOSS)] = Field(
         "500", description='Steps ("500"), samples ("50000s") or a share ("5%%").'
     )
-    weight_decay: Annotated[float, _flag(LOSS)] = Field(
-        0.2, ge=0, description="Not applied to 1-d parameters."
+    optimizer: Annotated[OptimizerName, _flag(LOSS)] = Field(
+        "adamw", description="adam: with weight decay as a part of the gradient."
     )
-    clip: Annotated[float, _flag(LOSS)] = Field(1.0, gt=0, description="Largest gradient norm.")
+    betas: Annotated[tuple[float, float] | None, _flag(LOSS)] = Field(
+        None, description="Default: 0.9 0.98 (adamw), 0.9 0.999 (adam), 0.9 0.99 (lion)."
+    )
+    eps: Annotated[float | None, _flag(LOSS)] = Field(
+        None, gt=0, description="Default: 1e-6 (adamw), 1e-8 (adam)."
+    )
+    weight_decay: Annotated[float, _flag(LOSS)] = Field(0.2, ge=0, description="See --spared.")
+    spared: Annotated[Spared | None, _flag(LOSS)] = Field(
+        None,
+        description="What does not decay: 1-d parameters (default), position embeddings too, nothing (adam).",
+    )
+    clip: Annotated[float, _flag(LOSS)] = Field(1.0, ge=0, description="Largest gradient norm; 0: any.")
+
+    gradient_cache: Annotated[int | None, _flag(SCALE)] = Field(
+        None,
+        gt=0,
+        description="Images at a time on each device, in two passes: the exact loss of the whole batch in the "
+        "memory of so few.",
+    )
+    gradient_checkpointing: Annotated[bool, _switch(SCALE)] = Field(
+        False, description="Recompute activations in the backward pass instead of keeping them."
+    )
+    compile: Annotated[bool, _switch(SCALE)] = Field(False, description="torch.compile the towers.")
+    shuffle_block: Annotated[int, _flag(SCALE)] = Field(
+        256, gt=0, description="Consecutive samples that are read together."
+    )
+    shuffle_buffer: Annotated[int, _flag(SCALE)] = Field(
+        4096, gt=0, description="Blocks that are mixed; data that fit are shuffled completely."
+    )
+    shard_cache: Annotated[Path | None, _flag(SCALE)] = Field(
+        None, description="Folder for pieces of s3:// shards. Default: ~/.cache/lift/shards."
+    )
+    shard_cache_gib: Annotated[float | None, _flag(SCALE)] = Field(
+        None, gt=0, description="Its bound. Default: 64."
+    )
+
+    eval_data: Annotated[list[str], Parameter(group=WATCH, consume_multiple=True, negative_iterable=())] = (
+        Field([], description="Held-out shards or tables, scored while the run goes on.")
+    )
+    eval_every: Annotated[int | None, _flag(WATCH)] = Field(
+        None, gt=0, description="Steps between two scorings. Default with --eval-data: every 1,000."
+    )
+    evaluators: Annotated[list[str], Parameter(group=WATCH, consume_multiple=True, negative_iterable=())] = (
+        Field([], description="Further scores of the held-out data: retrieval.")
+    )
+    best: Annotated[str, _flag(WATCH)] = Field(
+        "loss", description="Held-out score by which the best checkpoint is kept."
+    )
+    log_every: Annotated[int, _flag(WATCH)] = Field(10, gt=0, description="Steps between lines of metrics.")
+    tensorboard: Annotated[bool, _switch(WATCH)] = Field(True, description="Also write TensorBoard files.")
+    wandb: Annotated[str | None, _flag(WATCH)] = Field(
+        None, description="Also log to this project of Weights & Biases."
+    )
 
     run: Annotated[Path, _flag(RUN)] = Field(
         Path("runs/lift"), description="Directory of the run. The same command continues what is in it."
@@ -130,10 +274,19 @@ class TrainConfig(BaseModel):
         1_000, gt=0, description="Steps between checkpoints."
     )
     keep: Annotated[int, _flag(RUN)] = Field(2, gt=0, description="Checkpoints that are kept.")
-    log_every: Annotated[int, _flag(RUN)] = Field(10, gt=0, description="Steps between lines of metrics.")
-    tensorboard: Annotated[bool, Parameter(group=RUN)] = Field(
-        True, description="Also write TensorBoard files."
-    )
+
+    @field_validator("cache", "caption_field", mode="before")
+    @classmethod
+    def _one_or_several(cls, value: object) -> object:
+        if value is None:
+            return []
+        return [value] if isinstance(value, str | Path) else value
+
+    @field_validator("text_shape")
+    @classmethod
+    def _text_shape(cls, value: str) -> str:
+        TextShape.parse(value)
+        return value
 
     @field_validator("tower")
     @classmethod
@@ -162,12 +315,41 @@ class TrainConfig(BaseModel):
 
     @model_validator(mode="after")
     def _consistent(self) -> TrainConfig:
-        if self.text_control != "ngram-hash" and self.cache is None:
+        joint = self.text_tower == "clip"
+        if not joint and self.text_control != "ngram-hash" and not self.cache:
             raise ValueError(
-                "--cache is missing: the directory that lift-embed filled (or use --text-control ngram-hash)"
+                "--cache is missing: the directory that lift-embed filled (or use --text-control ngram-hash, or "
+                "--text-tower clip)"
             )
+        if joint:
+            for flag, value, plain in (
+                ("--text-transform", self.text_transform, "none"),
+                ("--text-head", self.text_head, "none"),
+                ("--text-control", self.text_control, "none"),
+                ("--text", self.text, "cache"),
+            ):
+                if value != plain:
+                    raise ValueError(
+                        f"{flag} {value} is about cached vectors; leave it out with --text-tower clip"
+                    )
         if self.on_missing == "embed" and not self.server:
             raise ValueError("--on-missing embed needs --server URL, the address of lift-embed serve")
+        if self.text == "aligned" and (len(self.cache) > 1 or self.on_missing == "embed"):
+            raise ValueError("--text aligned takes one --cache, and --on-missing error or skip")
+        if self.keep_features and self.start != "frozen":
+            raise ValueError(
+                "--keep-features needs --start frozen: states of a tower that trains do not stay"
+            )
+        if self.start == "scratch" and self.weights is not None:
+            raise ValueError("--weights needs --start pretrained or frozen")
+        if self.caption_mix and len(self.caption_mix) != len(self.caption_field):
+            raise ValueError(
+                f"--caption-mix has {len(self.caption_mix)} numbers for {len(self.caption_field)} of --caption-field"
+            )
+        if self.caption_mix and not (min(self.caption_mix) >= 0 < sum(self.caption_mix)):
+            raise ValueError("--caption-mix: shares of 0 or more, not all 0")
+        if (self.eval_every or self.evaluators) and not self.eval_data:
+            raise ValueError("--eval-every and --evaluators need --eval-data, the held-out shards")
         return self
 
     def saved(self) -> dict[str, Any]:
@@ -176,8 +358,8 @@ class TrainConfig(BaseModel):
 
 
 RESUMABLE = frozenset(
-    "data images image_field caption_field cache on_missing server max_bad run device workers cache_images "
-    "checkpoint_every keep log_every tensorboard".split()
+    "data images image_field cache on_missing server max_bad weights shard_cache shard_cache_gib run device workers "
+    "cache_images checkpoint_every keep eval_data eval_every evaluators best log_every tensorboard wandb".split()
 )
 """Fields that may differ when a run is continued: they say where things lie or how often to report. What
 they lead to (sample index, snapshot) is compared by digest instead."""
@@ -203,6 +385,32 @@ class ViTShape:
         if shape.width % shape.heads or shape.width % 4:
             raise ValueError(f"{text!r}: the width must be a multiple of the number of heads and of 4")
         return shape
+
+
+@dataclass(frozen=True)
+class TextShape:
+    """Of CLIP's text transformer, `context=77,width=512,depth=12,heads=8`: those beside ViT-B/16."""
+
+    context: int = 77
+    """Tokens of a caption, with start and end; longer ones are cut off. The paper's long captions have 323."""
+    width: int = 512
+    depth: int = 12
+    heads: int = 8
+
+    @classmethod
+    def parse(cls, text: str) -> TextShape:
+        """What is left out is as beside ViT-B/16. Raises ValueError."""
+        pairs = [part.partition("=") for part in text.split(",")]
+        values = {name.strip(): int(value) for name, _, value in pairs if value.strip().isdecimal()}
+        if not set(values) <= set(cls.__dataclass_fields__) or len(values) != len(pairs):
+            raise ValueError(f"{text!r} is not of the form context=77,width=512,depth=12,heads=8")
+        return cls(**values)
+
+    def __post_init__(self) -> None:
+        if self.context < 3 or min(self.width, self.depth, self.heads) < 1 or self.width % self.heads:
+            raise ValueError(
+                f"text tower {self}: the context must be at least 3 and the width a multiple of the heads"
+            )
 
 
 @dataclass(frozen=True)

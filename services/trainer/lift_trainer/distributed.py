@@ -13,7 +13,8 @@ the same shapes. Outside `torch.distributed` (one process) they leave their argu
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import contextlib
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -25,9 +26,26 @@ BUCKET = 1 << 25
 """Values that `average_gradients` sends at a time (128 MiB of float32)."""
 
 
+_alone = False
+
+
+@contextlib.contextmanager
+def alone() -> Iterator[None]:
+    """Inside, this process is the only rank: for what one rank computes while the others go on.
+
+    Not collective; nothing inside may be.
+    """
+    global _alone  # noqa: PLW0603
+    before, _alone = _alone, True
+    try:
+        yield
+    finally:
+        _alone = before
+
+
 def world_size() -> int:
-    """Ranks of the run; 1 outside torch.distributed. Not collective."""
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+    """Ranks of the run; 1 outside torch.distributed, and `alone`. Not collective."""
+    return dist.get_world_size() if not _alone and dist.is_available() and dist.is_initialized() else 1
 
 
 def rank() -> int:

@@ -9,14 +9,19 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from lift_cache.errors import BadSource, LiftError
+from lift_cache.errors import BadConfig, BadSource, LiftError
 from lift_trainer.checkpoint import Checkpoint, require_checkpoint
+from lift_trainer.config import TextShape
 from lift_trainer.images import BadImage, ImageStore, center_view
-from lift_trainer.job import LiftModel, build_model, choose_device
+from lift_trainer.job import choose_device
+from lift_trainer.model import LiftModel, build_model
 from lift_trainer.rejects import Rejects
 from lift_trainer.samples import Index
-from lift_trainer.text import TextVectors, open_text
+from lift_trainer.text import TextVectors, TokenText, open_texts
 from lift_trainer.transform import TextTransform
+
+TEXTS = 1024
+"""At a time."""
 
 
 @dataclass(frozen=True)
@@ -27,16 +32,19 @@ class TrainedRun:
     """Where it was opened, not where it was trained: a run may have been copied since."""
     checkpoint: Checkpoint
     model: LiftModel
-    transform: TextTransform
+    transform: TextTransform | None
+    """Of the first cache, whose texts a run is evaluated with; None where a text transformer was trained."""
     device: torch.device
 
     @classmethod
     def open(cls, run: Path, device: str = "auto") -> TrainedRun:
         """Load the newest whole checkpoint. Raises CacheNotFound, CacheDamaged, BadConfig."""
         checkpoint, where = require_checkpoint(run), choose_device(device)
-        model = build_model(checkpoint.state.config, checkpoint.state.text_dimensions)
+        widths = [text.dimensions for text in checkpoint.state.texts]
+        model = build_model(checkpoint.state.config, widths, fetch=False)
         checkpoint.load_model(model)
-        return cls(run, checkpoint, model.to(where).eval(), checkpoint.load_transform().to(where), where)
+        transforms = [transform.to(where) for transform in checkpoint.load_transforms()]
+        return cls(run, checkpoint, model.to(where).eval(), next(iter(transforms), None), where)
 
     @torch.inference_mode()
     def embed_images(self, views: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -45,9 +53,13 @@ class TrainedRun:
 
     @torch.inference_mode()
     def embed_texts(self, text: TextVectors, captions: np.ndarray) -> torch.Tensor:
-        """Caption numbers int64 [n] → unit vectors, float32 [n, D], through the run's transform. Raises LiftError."""
-        stored = torch.from_numpy(np.ascontiguousarray(text.gather(captions)))
-        return self._finite("text", self.transform(stored.to(self.device)))
+        """Caption numbers int64 [n] → unit vectors, float32 [n, D], as in training. Raises LiftError."""
+        encoded = []
+        for start in range(0, len(captions), TEXTS):
+            some = captions[start : start + TEXTS]
+            stored = torch.from_numpy(np.ascontiguousarray(text.gather(some))).to(self.device)
+            encoded.append(self.model.texts[0](self.transform(stored) if self.transform else stored))
+        return self._finite("text", torch.cat(encoded))
 
     def _finite(self, kind: str, vectors_nd: torch.Tensor) -> torch.Tensor:
         if not vectors_nd.isfinite().all():
@@ -69,18 +81,21 @@ class TrainedRun:
             MissingCaptions: the cache lacks some, and no server was given.
         """
         state = self.checkpoint.state
-        text, _, origin = open_text(
+        if self.model.joint:
+            return TokenText(index.captions, TextShape.parse(state.config.text_shape).context), None
+        where = cache or next(iter(state.config.cache), None)
+        if state.config.text == "aligned" and cache is None:
+            raise BadConfig(f"{self.run} was trained on an export, which has no other captions; give --cache")
+        (text,), _, (origin,) = open_texts(
             index,
-            cache=cache or state.config.cache,
+            caches=[where] if where else [],
             control="ngram-hash" if state.config.text_control == "ngram-hash" else "none",
             on_missing="embed" if server else "error",
             server=server,
             overlay=self.run / "eval" / "overlay.safetensors",
         )
         if state.recipe and origin.recipe:
-            state.recipe.require_same(
-                origin.recipe, here="the training run", there=str(cache or state.config.cache)
-            )
+            state.recipe.require_same(origin.recipe, here="the training run", there=str(where))
         return text, origin.snapshot
 
 

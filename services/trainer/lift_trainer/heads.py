@@ -6,16 +6,13 @@ side, and the text side of everything that trains against the cache as it is).
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from lift_cache.errors import BadConfig
+from lift_trainer.config import HeadName
 from lift_trainer.distributed import mean, world_size
-
-HeadName = Literal["none", "linear", "mlp", "gated", "sharelock"]
 
 
 def unit_vectors(vectors_bd: torch.Tensor) -> torch.Tensor:

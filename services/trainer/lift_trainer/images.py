@@ -91,6 +91,22 @@ def _crop(
         view.copy_(_resize(image[:, top : top + height, left : left + width], size))
 
 
+def next_sample(index: Index, sample: int, reason: str, bad: dict[int, str], max_bad: int) -> int:
+    """The sample that is tried in the place of a broken one, which is noted in `bad`.
+
+    Raises:
+        BadSource: more than `max_bad` of them in a batch, or no other image.
+    """
+    bad[sample] = reason
+    if len(bad) > max_bad or len(bad) == len(index):
+        where, first = next(iter(bad.items()))
+        raise BadSource(
+            f"{index.where(where)}: {first}; {len(bad)} broken images in one batch, "
+            f"--max-bad is {max_bad}: repair the data, or raise the limit to train without them"
+        )
+    return (sample + 1) % len(index)
+
+
 @dataclass
 class ImageStore:
     """Decoded images of an index, from memory where they were preloaded, else from their files."""
@@ -158,14 +174,7 @@ class ImageStore:
             try:
                 return sample, self.pixels(sample)
             except BadImage as error:
-                bad[sample] = str(error)
-            if len(bad) > max_bad or len(bad) == len(self.index):
-                where, reason = next(iter(bad.items()))
-                raise BadSource(
-                    f"{self.index.where(where)}: {reason}; {len(bad)} broken images in one batch, "
-                    f"--max-bad is {max_bad}: repair the data, or raise the limit to train without them"
-                )
-            sample = (sample + 1) % len(self.index)
+                sample = next_sample(self.index, sample, str(error), bad, max_bad)
 
     def preload(self, budget: int) -> bool:
         """Decode every image into memory if all fit into `budget` bytes; returns whether they did.

@@ -34,7 +34,7 @@ from lift_cache.errors import CacheDamaged, CacheFull
 from lift_cache.files import TEMPORARY, publish, room_for, temporary_name
 from lift_cache.keys import KEY_BYTES, sort_order
 
-FORMAT = 1
+FORMAT = 2
 """Part of every card and of every file name's hash: files of another format are other files."""
 
 OPEN_PARTS = 64

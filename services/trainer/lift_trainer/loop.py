@@ -2,14 +2,19 @@
 
 The same configuration continues a run from its newest whole checkpoint, and on a CPU the result equals that of
 an undisturbed run bit for bit: nothing random has state (see `sampling`), and a checkpoint holds the rest.
+
+Under torchrun every rank runs this loop on its share of each global batch; rank 0 alone writes.
 """
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import signal
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -17,18 +22,29 @@ from typing import Any
 import timm
 import torch
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from lift_cache.errors import CacheLocked, LiftError, ServerUnavailable
 from lift_cache.files import write_atomic
 from lift_trainer.batches import Batches, WorkerDied
-from lift_trainer.checkpoint import Checkpoint, State, latest_name, save_checkpoint
+from lift_trainer.checkpoint import Checkpoint, latest_name, save_checkpoint
 from lift_trainer.config import TrainConfig
+from lift_trainer.distributed import rank, world_size
+from lift_trainer.features import FeatureStore, keep_features
+from lift_trainer.gradient_cache import CachedPath, cached_backward
+from lift_trainer.heldout import Best, HeldOut
 from lift_trainer.images import GIB, ImageStore
 from lift_trainer.job import Job
+from lift_trainer.launch import agreed, joined, taking_turns
 from lift_trainer.lock import only_trainer
+from lift_trainer.losses import LossValue
 from lift_trainer.metrics import Metrics
+from lift_trainer.model import Inputs, LiftModel
 from lift_trainer.optim import build_optimizer
+from lift_trainer.record import State
 from lift_trainer.sampling import torch_seed
+
+EVAL_EVERY = 1_000
 
 
 @dataclass(frozen=True)
@@ -60,7 +76,7 @@ def train(job: Job) -> Outcome:
     if job.checkpoint and job.start >= job.schedule.total:
         return Outcome(job.start, job.schedule.total, job.checkpoint.path)
     job.config.run.mkdir(parents=True, exist_ok=True)
-    with only_trainer(job.config.run):
+    with only_trainer(job.config.run) if rank() == 0 else contextlib.nullcontext():
         if latest_name(job.config.run) != job.latest:
             raise CacheLocked(
                 f"{job.config.run} was trained on by another lift-train just now; run the same command again"
@@ -70,30 +86,67 @@ def train(job: Job) -> Outcome:
 
 def _train(job: Job) -> Outcome:
     config, model, schedule, device = job.config, job.model, job.schedule, job.device
-    write_atomic(config.run / "config.json", config.model_dump_json(indent=2).encode() + b"\n")
+    if rank() == 0:
+        write_atomic(config.run / "config.json", config.model_dump_json(indent=2).encode() + b"\n")
 
     images = ImageStore(job.index, config.max_pixels)
+    features = _features(job, images)
     epochs = schedule.total / job.sampler.steps_per_epoch
-    if epochs > 1 and config.cache_images > 0 and images.preload(int(config.cache_images * GIB)):
+    wanted = features is None and epochs > 1 and config.cache_images > 0
+    if wanted and images.preload(int(config.cache_images * GIB)):
         job.left_out(images.broken.items())
-    batches = Batches(images, job.text, job.sampler, config.seed, config.image_size, config.max_bad)
-    workers = _workers(config, images.in_memory, device)
+    batches = Batches(
+        images,
+        job.texts,
+        job.sampler,
+        config.seed,
+        config.image_size,
+        config.max_bad,
+        share=job.share,
+        captions=job.captions,
+        negatives=config.text_negatives,
+        features=features,
+    )
+    workers = _workers(config, images.in_memory or features is not None, device)
     arriving = batches.stream(job.start, schedule.total, workers, device)
-    optimizer = build_optimizer(model, schedule.peak, config.weight_decay)
+    optimizer = build_optimizer(
+        model,
+        schedule.peak,
+        config.weight_decay,
+        name=config.optimizer,
+        betas=config.betas,
+        eps=config.eps,
+        spared=config.spared,
+    )
     if job.checkpoint:
         job.checkpoint.load_optimizer(model, optimizer)
     model.train()
+    backward = _backward(config, model)
+    watched = _Watched.open(job) if config.eval_data and rank() == 0 else None
 
     step, checkpoint = job.start, job.checkpoint
 
-    def save(step: int) -> Checkpoint:
-        state = _state(job, step)
+    def save() -> Checkpoint | None:
+        """The state after `step`; None on all ranks but the first. Collective."""
+        bad = joined(job.rejects.named)
+        if rank() != 0:
+            return None
+        state = _state(job, step, bad)
+        best = watched.best.path if watched else None
         return save_checkpoint(
-            config.run, state, model, optimizer, job.transform, config.keep, before=checkpoint
+            config.run, state, model, optimizer, job.transforms, config.keep, before=checkpoint, best=best
         )
 
     with (
-        Metrics(config.run, step, schedule.total, tensorboard=config.tensorboard) as metrics,
+        Metrics(
+            config.run,
+            step,
+            schedule.total,
+            tensorboard=config.tensorboard,
+            wandb=config.wandb,
+            settings=config.saved(),
+            device=device,
+        ) as metrics,
         _Stop() as stop,
     ):
         while True:
@@ -104,23 +157,22 @@ def _train(job: Job) -> Outcome:
                     from_store = isinstance(error, ServerUnavailable)
                     if not from_store and (not workers or "in DataLoader worker process" in str(error)):
                         raise
-                    if checkpoint is None or checkpoint.state.step < step:
-                        checkpoint = save(step)
+                    # Among several ranks the others are in the middle of a step, and nothing can be agreed on.
+                    if world_size() == 1 and (checkpoint is None or checkpoint.state.step < step):
+                        checkpoint = save()
+                    saved = f"saved as {checkpoint.path}" if checkpoint else "nothing was saved yet"
                     if from_store:
-                        raise ServerUnavailable(f"{error}; saved as {checkpoint.path}") from None
-                    raise _worker_died(step, checkpoint, error) from None
+                        raise ServerUnavailable(f"{error}; {saved}") from None
+                    raise _worker_died(step, saved, error) from None
             job.left_out(batch.bad)
 
-            torch.manual_seed(torch_seed(config.seed, step))
+            torch.manual_seed(_dropout_seed(config.seed, step))
             lr = schedule.lr(step)
             for group in optimizer.param_groups:
                 group["lr"] = lr
-            with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
-                x_bd = model.tower(batch.pixels)
-            y_bd = job.transform(batch.text)
-            value = model.loss(x_bd, y_bd, batch.captions)
-            value.loss.backward()
-            grad_norm = nn.utils.clip_grad_norm_(model.parameters(), config.clip).item()
+            value = backward(Inputs.of(batch, job.transforms))
+            limit = config.clip or math.inf
+            grad_norm = nn.utils.clip_grad_norm_(model.parameters(), limit).item()
             # Before the update: after it, the weights would be lost and the next checkpoint with them.
             _require_finite(value.loss.item(), grad_norm, step + 1, checkpoint)
             optimizer.step()
@@ -129,22 +181,118 @@ def _train(job: Job) -> Outcome:
             step += 1
             metrics.images += config.batch_size
 
-            last = step == schedule.total or stop.signal is not None
+            last = agreed(stop.signal is not None) or step == schedule.total
             if last or step % config.log_every == 0:
+                seen = value.over_ranks()
                 metrics.write(
                     step=step,
                     epoch=job.sampler.epoch_of(step - 1),
                     samples=step * config.batch_size,
-                    loss=value.loss.item(),
+                    loss=seen.loss.item(),
                     scale=model.loss.scale,
                     lr=lr,
                     grad_norm=grad_norm,
-                    accuracy=value.accuracy.item(),
+                    accuracy=seen.accuracy.item(),
+                    masked=seen.masked.item(),
+                    positive=seen.positive.item(),
+                    negative=seen.negative.item(),
                 )
-            if last or step % config.checkpoint_every == 0:
-                checkpoint = save(step)
+            improved = False
+            if config.eval_data and (step % (config.eval_every or EVAL_EVERY) == 0 or step == schedule.total):
+                with metrics.aside():
+                    improved = agreed(watched is not None and watched.score(step, model, metrics))
+            if improved or last or step % config.checkpoint_every == 0:
+                checkpoint = save()
                 if last:
-                    return Outcome(step, schedule.total, checkpoint.path, stop.signal)
+                    return Outcome(step, schedule.total, _path_of(config.run, step), stop.signal)
+
+
+def _features(job: Job, images: ImageStore) -> FeatureStore | None:
+    """States of a frozen tower, where they are to be kept."""
+    config = job.config
+    if not config.keep_features:
+        return None
+    with taking_turns():
+        kept = keep_features(
+            config.run / "features",
+            images,
+            job.model.tower,
+            config.image_size,
+            device=job.device,
+            max_bad=config.max_bad,
+            precision=config.precision,
+        )
+    job.left_out(kept.broken.items())
+    return kept
+
+
+@dataclass(frozen=True)
+class _Watched:
+    """Held-out data, and the step that was best on them. Of rank 0."""
+
+    run: Path
+    data: HeldOut
+    best: Best
+
+    @classmethod
+    def open(cls, job: Job) -> _Watched:
+        data = HeldOut.open(job)
+        best = Best.open(job.config.run, job.config.best, step=job.start, data=data.digest)
+        return cls(job.config.run, data, best)
+
+    def score(self, step: int, model: LiftModel, metrics: Metrics) -> bool:
+        """Whether the step is the best so far; then its checkpoint comes next."""
+        scores = self.data.scores(model)
+        metrics.held_out(step, scores)
+        return self.best.note(step, scores, _path_of(self.run, step))
+
+
+def _backward(config: TrainConfig, model: LiftModel) -> Callable[[Inputs], LossValue]:
+    """A function that leaves the gradient of a step's loss, averaged over the ranks, in the model."""
+    bf16 = config.precision == "bf16"
+    if config.compile:
+        model.tower.vit.compile()
+        if model.joint:
+            model.texts[0].compile()
+    if config.gradient_cache:
+        return partial(_in_two_passes, model, config.gradient_cache, bf16)
+    whole = DistributedDataParallel(model, gradient_as_bucket_view=True) if world_size() > 1 else model
+
+    def backward(inputs: Inputs) -> LossValue:
+        value: LossValue = whole(inputs, bf16=bf16)
+        value.loss.backward()
+        return value.detach()
+
+    return backward
+
+
+def _in_two_passes(model: LiftModel, chunk: int, bf16: bool, inputs: Inputs) -> LossValue:
+    """Towers in chunks (see `gradient_cache`); heads over cached vectors see the whole batch, as batch norm must."""
+
+    def under_autocast(module: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=bf16):
+            return module(x)
+
+    paths = [CachedPath(model.tower, inputs.pixels, partial(under_autocast, model.encode_images))]
+    if model.joint:
+        paths.append(CachedPath(model.texts[0], inputs.texts[0], partial(under_autocast, model.texts[0])))
+
+    def loss(x_bd: torch.Tensor, y_bd: torch.Tensor | None = None) -> LossValue:
+        if y_bd is None:
+            with torch.autocast(x_bd.device.type, torch.bfloat16, enabled=bf16):
+                y_bd = model.encode_texts(inputs.texts)
+        return model.compare(inputs, x_bd, y_bd, bf16=bf16)
+
+    return cached_backward(model, paths, loss, chunk)
+
+
+def _dropout_seed(seed: int, step: int) -> int:
+    """Ranks must not drop the same units."""
+    return torch_seed(seed, step) if rank() == 0 else torch_seed(seed, step, rank())
+
+
+def _path_of(run: Path, step: int) -> Path:
+    return run / "checkpoints" / f"step-{step:06d}"
 
 
 def _require_finite(loss: float, grad_norm: float, step: int, checkpoint: Checkpoint | None) -> None:
@@ -155,25 +303,22 @@ def _require_finite(loss: float, grad_norm: float, step: int, checkpoint: Checkp
     raise LiftError(f"{what} at step {step}; {before}; try a lower --lr or a longer --warmup")
 
 
-def _worker_died(step: int, saved: Checkpoint, error: Exception) -> LiftError:
+def _worker_died(step: int, saved: str, error: Exception) -> LiftError:
     how = f"{error}; " if isinstance(error, WorkerDied) else ""
     return LiftError(
-        f"a process that reads images died after step {step} ({how}short of memory?); saved as {saved.path}; "
+        f"a process that reads images died after step {step} ({how}short of memory?); {saved}; "
         "run the same command again, with fewer --workers if it was short of memory"
     )
 
 
-def _state(job: Job, step: int) -> State:
+def _state(job: Job, step: int, bad: dict[str, str]) -> State:
     return State(
         step=step,
         total_steps=job.schedule.total,
-        text_dimensions=job.transform.output_dimensions(job.text.dimensions),
         config=job.config,
         index_digest=job.index.digest,
-        snapshot=job.origin.snapshot,
-        recipe=job.origin.recipe,
-        overlay_digest=job.origin.overlay,
-        bad=job.rejects.named,
+        texts=job.text_states,
+        bad=bad,
         libraries={"torch": torch.__version__, "timm": timm.__version__},
     )
 
@@ -183,6 +328,7 @@ def _workers(config: TrainConfig, in_memory: bool, device: torch.device) -> int:
     if config.workers is not None:
         return config.workers
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores //= int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     if device.type == "cpu":
         return 0 if in_memory else min(1, cores - 1)
     return max(1, min(16, cores - 1))

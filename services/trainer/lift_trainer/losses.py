@@ -22,21 +22,19 @@ and with one text each this is the plain loss.
 from __future__ import annotations
 
 import math
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from lift_trainer.config import LossName, Mask
 from lift_trainer.distributed import column_logsumexp, gather, mean, rank, world_size
 
 INITIAL_SCALE = 1 / 0.07
 MAX_SCALE = 100.0
 SIGLIP_SCALE = 10.0
 SIGLIP_BIAS = -10.0
-
-LossName = Literal["infonce", "cosine", "siglip"]
-Mask = Literal["none", "caption", "caption+image"]
 
 
 class LossValue(NamedTuple):

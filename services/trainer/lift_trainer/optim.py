@@ -14,6 +14,8 @@ import torch
 from timm.optim.lion import Lion
 from torch import nn
 
+from lift_trainer.config import OptimizerName, Spared
+
 BETAS = (0.9, 0.98)
 EPS = 1e-6
 LION_BETAS = (0.9, 0.99)
@@ -22,8 +24,6 @@ ADAM_EPS = 1e-8
 FUSED = ("cpu", "cuda", "mps", "xpu")
 """Device types for which torch has a fused Adam."""
 
-OptimizerName = Literal["adamw", "adam", "lion"]
-Spared = Literal["1d", "1d+positions", "nothing"]
 POSITIONS = ("pos_embed", "positional_embedding")
 """Last parts of the names of position embeddings, in timm and in open_clip."""
 

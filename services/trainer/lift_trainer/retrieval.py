@@ -142,7 +142,7 @@ def evaluate_retrieval(
     name: str | None = None,
     images: Path | None = None,
     image_field: str = "image",
-    caption_field: str | None = None,
+    caption_field: Sequence[str] = (),
     max_bad: int = 100,
     cache: str | None = None,
     server: str | None = None,
@@ -161,7 +161,7 @@ def evaluate_retrieval(
     trained = TrainedRun.open(run, device)
     state = trained.checkpoint.state
     rejects = Rejects(max_bad)
-    index = build_index(data, rejects, caption_field=caption_field, images=images, image_field=image_field)
+    index = build_index(data, rejects, caption_fields=caption_field, images=images, image_field=image_field)
     text, snapshot = trained.open_text(index, cache=cache, server=server)
     x_nd, kept = embed_index(trained, index, rejects, batch_size)
     index = index.take(kept)
@@ -189,7 +189,7 @@ def evaluate_retrieval(
         snapshot=snapshot,
         recipe=state.recipe.fingerprint if state.recipe else None,
         text_control=state.config.text_control,
-        text_transform=str(trained.transform.spec),
+        text_transform=str(trained.transform.spec) if trained.transform else "none",
     )
     directory = run / "eval"
     directory.mkdir(parents=True, exist_ok=True)

@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from lift_cache.errors import BadSource, CacheDamaged
+from lift_cache.errors import BadConfig, BadSource, CacheDamaged
 from lift_cache.keys import caption_keys
 from lift_cache.sources import expand
 from lift_trainer.index_file import (
@@ -40,6 +40,9 @@ WORTH_KEEPING = 16 << 20
 """Bytes of tars (tables count 64-fold) from which an index is kept; less is read again in no time."""
 
 TABLE_WEIGHT = 64
+
+MOST_FIELDS = 256
+"""Caption fields that an index tells apart."""
 
 SETTLED_NS = 2_000_000_000
 """A file changed less than this ago may change again without a new modification time: it is not kept."""
@@ -78,6 +81,8 @@ class Index:
     """u normalised captions, in the order in which they first appear."""
     keys: np.ndarray
     """uint8 [u, 16]: their keys."""
+    field_of_pair: np.ndarray
+    """uint8 [m]: which of the caption fields asked for each pair is from."""
     known_digest: str | None = field(default=None, repr=False, compare=False)
     """The digest, where it was computed before."""
 
@@ -86,13 +91,16 @@ class Index:
 
     @cached_property
     def digest(self) -> str:
-        """BLAKE2b-128 over names, image sizes and captions in order; 32 hex digits."""
+        """BLAKE2b-128 over names, image sizes and captions in order, and their fields; 32 hex digits."""
         if self.known_digest:
             return self.known_digest
         digest = hashlib.blake2b(digest_size=16)
         for piece in self.names.joined(b"\0"):
             digest.update(piece)
-        for array in (self.size, self.first, self.pairs, self.keys):
+        arrays = [self.size, self.first, self.pairs, self.keys]
+        if self.field_of_pair.any():
+            arrays.append(self.field_of_pair)
+        for array in arrays:
             digest.update(np.ascontiguousarray(array).data)
         return digest.hexdigest()
 
@@ -147,6 +155,17 @@ class Index:
         """int64 [k]."""
         return self.first[samples + 1] - self.first[samples]
 
+    @cached_property
+    def most_captions(self) -> int:
+        """Of any one sample."""
+        return int(np.diff(self.first).max(initial=0))
+
+    def pairs_of(self, samples: np.ndarray) -> np.ndarray:
+        """Pairs of each sample in order: int64 [k, c], −1 where it has fewer than c captions."""
+        counts = self.caption_counts(samples)
+        position = np.arange(counts.max(initial=0))
+        return np.where(position < counts[:, None], self.first[samples][:, None] + position, -1)
+
     def take(self, samples: np.ndarray) -> Index:
         """The index of some of its samples (int64 [k], ascending), with the caption numbers it had."""
         stays = np.zeros(len(self), bool)
@@ -177,6 +196,7 @@ class Index:
             names=self.names.take(stays),
             first=np.concatenate([[0], np.cumsum(counts[stays])]),
             pairs=self.pairs[pair_kept],
+            field_of_pair=self.field_of_pair[pair_kept],
             known_digest=None,
         )
 
@@ -194,6 +214,7 @@ def captions_only(captions: Sequence[str]) -> Index:
         pairs=nothing,
         captions=Strings.of(captions),
         keys=caption_keys(captions),
+        field_of_pair=nothing.astype(np.uint8),
     )
 
 
@@ -201,7 +222,7 @@ def build_index(
     sources: Sequence[str],
     rejects: Rejects,
     *,
-    caption_field: str | None = None,
+    caption_fields: Sequence[str] = (),
     images: Path | None = None,
     image_field: str = "image",
 ) -> Index:
@@ -210,13 +231,26 @@ def build_index(
     Args:
         sources: tars or tables: paths, globs, `{000..010}` braces, folders; tars also as s3://bucket/name.
         rejects: takes the samples that have no image or no usable caption.
+        caption_fields: fields of the samples' JSON or columns that hold captions, at most 256. Of several a sample
+            has at least one, and the index keeps apart what is from which. None: the usual names are tried.
         images, image_field: for tables: the folder and the column that lead to an image.
 
     Raises:
-        BadSource: no such file, an unknown kind, a damaged one, none with a usable sample, too many bad ones.
+        BadConfig: a caption field comes twice.
+        BadSource: no such file, an unknown kind, a damaged one, none with a usable sample or a caption field that
+            is asked for, too many bad ones.
         ServerUnavailable: an object store does not answer.
     """
-    return _Building(_sources(sources, images), Fields(caption_field, images, image_field), rejects).index()
+    fields = Fields(tuple(caption_fields), images, image_field)
+    if len(set(caption_fields)) < len(caption_fields) or len(caption_fields) > MOST_FIELDS:
+        raise BadConfig(
+            f"--caption-field {', '.join(caption_fields)}: name each field once, at most {MOST_FIELDS}"
+        )
+    index = _Building(_sources(sources, images), fields, rejects).index()
+    for number, name in enumerate(caption_fields):
+        if not (index.field_of_pair == number).any():
+            raise BadSource(f"--caption-field {name}: no sample of {', '.join(sources)} has a caption in it")
+    return index
 
 
 def _sources(names: Sequence[str], images: Path | None) -> list[Source]:
@@ -282,8 +316,8 @@ class _Building:
     def _identity(self, source: Source) -> str:
         """What leads to other samples of the same bytes is part of it."""
         if source.folder is None:
-            return short_hash("tar", source.shard.identity, self.fields.caption_field)
-        how = (self.fields.caption_field, self.fields.image_field, str(source.folder.absolute()))
+            return short_hash("tar", source.shard.identity, self.fields.captions)
+        how = (self.fields.captions, self.fields.image_field, str(source.folder.absolute()))
         return short_hash("table", source.shard.identity, *how)
 
     # ---- an index that was made before
@@ -311,6 +345,7 @@ class _Building:
             pairs=numbers(columns["pairs"]),
             captions=captions.take(numbers(columns["caption_at"])),
             keys=numbers(columns["keys"]),
+            field_of_pair=numbers(columns["field_of_pair"]),
             known_digest=card["index_digest"],
         )
         for number, source in enumerate(self.sources):
@@ -393,6 +428,7 @@ class _Building:
                 [number[part.pairs + base] for part, base in zip(parts, caption_starts, strict=False)]
             ),
             "keys": np.concatenate([part.keys for part in parts])[caption_at],
+            "field_of_pair": np.concatenate([part.fields for part in parts]),
         }
         index = Index(
             sources=self.sources,

@@ -17,12 +17,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from typing import Literal
 
 import numpy as np
 
 from lift_cache.errors import BadConfig
 
-ORDER, CAPTION, CROP, MODEL, PERMUTE, GALLERY, BUFFER = range(1, 8)
+ORDER, CAPTION, CROP, MODEL, PERMUTE, GALLERY, BUFFER, NEGATIVE = range(1, 9)
 """Streams: the first word after the seed, so that no two decisions share their randomness."""
 
 Word = int | np.ndarray
@@ -50,9 +51,9 @@ def permutation(n: int, *words: Word) -> np.ndarray:
     return np.argsort(random_words(*words, np.arange(n)), kind="stable")
 
 
-def torch_seed(seed: int, step: int) -> int:
-    """Seed for whatever is random inside the model at one step (dropout)."""
-    return int(random_words(seed, MODEL, step) >> np.uint64(1))
+def torch_seed(seed: int, step: int, *rank: int) -> int:
+    """Seed for whatever is random inside the model at one step (dropout), on a rank beyond the first."""
+    return int(random_words(seed, MODEL, step, *rank) >> np.uint64(1))
 
 
 @dataclass(frozen=True)
@@ -195,13 +196,7 @@ class Sampler:
         Raises:
             BadConfig: the batch cannot be shared out equally.
         """
-        if self.batch_size % ranks:
-            raise BadConfig(
-                f"--batch-size is {self.batch_size} for all processes together and there are {ranks}; "
-                "give a multiple of their number"
-            )
-        each = self.batch_size // ranks
-        return slice(rank * each, (rank + 1) * each)
+        return equal_share(self.batch_size, rank, ranks, "--batch-size")
 
     def ahead(self, step: int, part: slice = slice(None)) -> list[range]:
         """Runs of samples that are worth reading into a buffer while a batch, or a part of it, is in use."""
@@ -215,9 +210,116 @@ class Sampler:
         return _epoch(self.seed, epoch, self.samples, self.shuffle), slice(first + start, first + stop)
 
 
+def equal_share(total: int, rank: int, ranks: int, flag: str) -> slice:
+    """The part of 0 … total − 1 that one of several ranks takes.
+
+    Args:
+        flag: the setting that the total comes from.
+
+    Raises:
+        BadConfig: it cannot be shared out equally.
+    """
+    if total % ranks:
+        raise BadConfig(
+            f"{flag} is {total} for all processes together and there are {ranks}; "
+            "give a multiple of their number"
+        )
+    each = total // ranks
+    return slice(rank * each, (rank + 1) * each)
+
+
+@dataclass(frozen=True)
+class Captions:
+    """Which of its captions stand for an image.
+
+    Raises:
+        BadConfig: fewer than one of all captions, or a mix that is none.
+    """
+
+    choice: Literal["one", "all"] = "one"
+    """One, drawn anew in every epoch; or all of them, as so many positives."""
+    most: int = 5
+    """Of all: an image with more is given so many, drawn anew in every epoch."""
+    mix: tuple[float, ...] = ()
+    """Of one: how often it comes from each caption field (any positive scale). An image that lacks fields draws
+    among those it has; one with none but fields that never come, among these. Empty: captions of all fields alike."""
+
+    def __post_init__(self) -> None:
+        if self.most < 1:
+            raise BadConfig(f"{self.most} captions of an image as positives; at least 1")
+        if self.mix and self.choice == "all":
+            raise BadConfig(
+                "a mix of caption fields draws one caption of an image; it cannot be had with all"
+            )
+        if self.mix and (not np.isfinite(self.mix).all() or min(self.mix) < 0 or not sum(self.mix)):
+            raise BadConfig(
+                f"mix of caption fields {', '.join(f'{p:g}' for p in self.mix)}: give a share from 0 for each "
+                "field, one of them above 0"
+            )
+
+    def width(self, most_captions: int) -> int:
+        """Texts of each image in a batch, where no image of the data has more captions than so many."""
+        return 1 if self.choice == "one" else min(self.most, most_captions)
+
+
 def choose_caption(seed: int, epoch: int, samples: np.ndarray, counts: np.ndarray) -> np.ndarray:
     """Which of its captions stands for each image this time: int64 [n] in [0, counts)."""
     return (uniform(seed, CAPTION, epoch, samples) * counts).astype(np.int64)
+
+
+def choose_mixed(seed: int, epoch: int, samples: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """As `choose_caption`, where captions are not equally likely: int64 [n].
+
+    Args:
+        weights: float64 [n, c], of each caption of each image; 0 where there is none, not all 0 in a row.
+    """
+    ends = weights.cumsum(1)
+    point = uniform(seed, CAPTION, epoch, samples) * ends[:, -1]
+    return (ends <= point[:, None]).sum(1)
+
+
+def mix_weights(mix: Sequence[float], fields: np.ndarray) -> np.ndarray:
+    """How likely each caption is under a mix of fields, which first draws the field and then a caption of it.
+
+    Args:
+        mix: probability of each field.
+        fields: int64 [n, c]: field of each caption of each image; −1 where there is none.
+
+    Returns:
+        float64 [n, c], rows not normalised; captions of fields that never come only where there is no other.
+    """
+    share = np.zeros(fields.shape)
+    for field, probability in enumerate(mix):
+        here = fields == field
+        share += probability * here / np.maximum(here.sum(1, keepdims=True), 1)
+    never = share.sum(1) == 0
+    share[never] = fields[never] >= 0
+    return share
+
+
+def choose_several(seed: int, epoch: int, samples: np.ndarray, counts: np.ndarray, width: int) -> np.ndarray:
+    """Which captions stand for each image, all or so many drawn at random: int64 [n, width], ascending, then −1."""
+    most = int(counts.max(initial=0))
+    position = np.arange(max(most, width))
+    absent = position >= counts[:, None]
+    words = random_words(seed, CAPTION, epoch, samples[:, None], position) >> np.uint64(1)
+    words[absent] = np.iinfo(np.uint64).max
+    chosen = np.argsort(words, 1, kind="stable")[:, :width]
+    chosen.sort(1)
+    return np.where(chosen < counts[:, None], chosen, -1)
+
+
+def draw_texts(seed: int, step: int, numbers: np.ndarray, captions: int) -> np.ndarray:
+    """Texts beyond the batch of a step, drawn with replacement.
+
+    Args:
+        numbers: int64 [m]: which of the step's further texts.
+        captions: how many there are to draw from.
+
+    Returns:
+        int64 [m] in [0, captions).
+    """
+    return (uniform(seed, NEGATIVE, step, numbers) * captions).astype(np.int64)
 
 
 def crop_boxes(

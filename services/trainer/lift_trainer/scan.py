@@ -12,7 +12,7 @@ from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import TYPE_CHECKING, BinaryIO, NamedTuple, Protocol
 
 import numpy as np
 import pyarrow as pa
@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 
 from lift_cache.errors import BadCaption, BadSource
 from lift_cache.keys import KEY_BYTES, key_of_normalised, normalise
-from lift_cache.sources import CAPTION_FIELDS, IMAGE_EXTENSIONS, sample_captions, scan_tar
+from lift_cache.sources import CAPTION_FIELDS, IMAGE_EXTENSIONS, TarSample, sample_captions, scan_tar
 from lift_trainer.index_file import Column, binary, distinct, numbers
 
 if TYPE_CHECKING:
@@ -39,7 +39,8 @@ class Recorder(Protocol):
 class Fields:
     """Where a source has its captions and images."""
 
-    caption_field: str | None = None
+    captions: tuple[str, ...] = ()
+    """Names, of which a sample has at least one. None: the first of `CAPTION_FIELDS` that it has."""
     images: Path | None = None
     """For tables: the folder that image paths start from. None: the table's own."""
     image_field: str = "image"
@@ -62,6 +63,8 @@ class Part(NamedTuple):
     """large_binary [s]: normalised captions, UTF-8, in the order in which they first appear."""
     keys: np.ndarray
     """uint8 [s, 16]."""
+    fields: np.ndarray
+    """uint8 [m]: which of the caption fields each pair is from."""
 
     @classmethod
     def of(cls, columns: Mapping[str, pa.Array]) -> Part:
@@ -86,7 +89,7 @@ def scan_source(path: Path, shown: str, fields: Fields, rejects: Recorder) -> Pa
     """
     suffix = path.suffix.lower()
     if suffix == ".tar":
-        samples: Iterable[_Sample] = _from_tar(path, shown, fields.caption_field, rejects)
+        samples: Iterable[_Sample] = _from_tar(path, shown, fields.captions, rejects)
     elif suffix in TABLES:
         samples = _from_table(path, shown, fields, rejects)
     else:
@@ -118,7 +121,11 @@ class _Sample:
     name: str
     offset: int
     size: int
-    captions: list[object]
+    captions: list[_Caption]
+
+
+_Caption = tuple[object, int]
+"""What a field holds, and which field that is."""
 
 
 class _Builder:
@@ -129,10 +136,11 @@ class _Builder:
         self._names, self._name_ends = bytearray(), array("q")
         self._captions, self._caption_ends, self._keys = bytearray(), array("q"), bytearray()
         self._offset, self._size, self._first = array("q"), array("q"), array("q", [0])
+        self._fields = bytearray()
 
     def add(self, sample: _Sample) -> None:
         before = len(self._caption_ends)
-        for position, caption in enumerate(sample.captions):
+        for position, (caption, field) in enumerate(sample.captions):
             try:
                 text = normalise(caption)
             except BadCaption as error:
@@ -143,6 +151,7 @@ class _Builder:
             self._captions += text.encode()
             self._caption_ends.append(len(self._captions))
             self._keys += key_of_normalised(text)
+            self._fields.append(field)
         if len(self._caption_ends) == before:
             return
         self._names += sample.name.encode(errors="surrogateescape")
@@ -165,10 +174,11 @@ class _Builder:
             pairs=pairs,
             captions=captions,
             keys=keys,
+            fields=np.frombuffer(bytes(self._fields), np.uint8),
         )
 
 
-def _from_tar(path: Path, shown: str, caption_field: str | None, rejects: Recorder) -> Iterator[_Sample]:
+def _from_tar(path: Path, shown: str, fields: tuple[str, ...], rejects: Recorder) -> Iterator[_Sample]:
     with path.open("rb") as file:
         for sample in scan_tar(path):
             image = next((sample.members[ext] for ext in IMAGE_EXTENSIONS if ext in sample.members), None)
@@ -176,19 +186,41 @@ def _from_tar(path: Path, shown: str, caption_field: str | None, rejects: Record
                 rejects.add(f"{shown}:{sample.key}", f"no image (it has {', '.join(sample.members)})")
                 continue
             try:
-                _, captions = sample_captions(file, sample, caption_field)
+                captions = _captions_of(file, sample, fields)
             except BadCaption as error:
                 rejects.add(f"{shown}:{sample.key}", str(error))
                 continue
             yield _Sample(sample.key, image.offset, image.size, captions)
 
 
+def _captions_of(file: BinaryIO, sample: TarSample, fields: tuple[str, ...]) -> list[_Caption]:
+    """Raises BadCaption: the sample has none of the fields."""
+    if len(fields) < 2:
+        return [(caption, 0) for caption in sample_captions(file, sample, fields[0] if fields else None)[1]]
+    found: list[_Caption] = []
+    failure: BadCaption | None = None
+    for number, field in enumerate(fields):
+        try:
+            captions = sample_captions(file, sample, field)[1]
+        except BadCaption as error:
+            failure = failure or error
+            continue
+        found += [(caption, number) for caption in captions if not _is_nothing(caption)]
+    if not found:
+        raise failure or BadCaption(f"nothing in any of its fields {', '.join(fields)}")
+    return found
+
+
+def _is_nothing(caption: object) -> bool:
+    """Of several fields, one that is null or empty is one that the sample lacks."""
+    return caption is None or (isinstance(caption, str) and not caption.strip())
+
+
 def _from_table(path: Path, shown: str, fields: Fields, rejects: Recorder) -> Iterator[_Sample]:
     """Rows that name the same image become one sample with several captions, at the place of the first."""
-    captions_of: dict[str, list[object]] = {}
+    captions_of: dict[str, list[_Caption]] = {}
     folder = fields.images or path.parent
-    rows = _table_rows(path, fields.image_field, fields.caption_field, rejects)
-    for number, image, captions in rows:
+    for number, image, captions in _table_rows(path, fields.image_field, fields.captions, rejects):
         if isinstance(image, str) and image:
             captions_of.setdefault(image, []).extend(captions)
         else:
@@ -206,6 +238,8 @@ def _from_table(path: Path, shown: str, fields: Fields, rejects: Recorder) -> It
             rejects.add(f"{path}:{name}", f"points outside {folder}; give the folder with --images")
         elif size is None:
             rejects.add(f"{path}:{name}", f"no such image in {folder}; give the folder with --images")
+        elif not captions and len(fields.captions) > 1:
+            rejects.add(f"{path}:{name}", f"nothing in any of its fields {', '.join(fields.captions)}")
         else:
             yield _Sample(name, 0, size, captions)
 
@@ -220,8 +254,8 @@ def _file_size(path: Path) -> int | None:
 
 
 def _table_rows(
-    path: Path, image_field: str, caption_field: str | None, rejects: Recorder
-) -> Iterator[tuple[int, object, list[object]]]:
+    path: Path, image_field: str, fields: tuple[str, ...], rejects: Recorder
+) -> Iterator[tuple[int, object, list[_Caption]]]:
     """(row or line counted from 1, image, captions); text that is not UTF-8 has surrogates in it.
 
     Raises:
@@ -230,22 +264,22 @@ def _table_rows(
     try:
         if path.suffix.lower() == ".parquet":
             with pq.ParquetFile(path, pre_buffer=False, buffer_size=1 << 20) as table:
-                caption = _column(path, table.schema_arrow.names, image_field, caption_field)
+                columns = _columns(path, table.schema_arrow.names, image_field, fields)
                 number = 0
-                for batch in table.iter_batches(columns=[image_field, caption]):
-                    for image, value in zip(
-                        _values(batch[image_field]), _values(batch[caption]), strict=True
-                    ):
+                for batch in table.iter_batches(columns=[image_field, *columns]):
+                    texts = [_values(batch[column]) for column in columns]
+                    for image, *values in zip(_values(batch[image_field]), *texts, strict=True):
                         number += 1
-                        yield number, image, value if isinstance(value, list) else [value]
+                        yield number, image, _row_captions(dict(zip(columns, values, strict=True)), columns)
             return
         with path.open(newline="", encoding="utf-8-sig", errors="surrogateescape") as text:
             reader = csv.reader(text, delimiter="\t" if path.suffix.lower() == ".tsv" else ",", strict=True)
             header = [name.strip() for name in next(reader, [])]
-            caption = _column(path, header, image_field, caption_field)
-            columns = header.index(image_field), header.index(caption)
+            columns = _columns(path, header, image_field, fields)
+            place = {column: header.index(column) for column in (image_field, *columns)}
             for number, record in _csv_records(path, reader, len(header), rejects):
-                yield number, record[columns[0]], [record[columns[1]]]
+                values_of = {column: record[place[column]] for column in columns}
+                yield number, record[place[image_field]], _row_captions(values_of, columns)
     except (csv.Error, pa.ArrowException, OSError) as error:
         raise BadSource(
             f"{path}: cannot be read ({str(error).splitlines()[0]}); is it whole, and UTF-8?"
@@ -292,18 +326,30 @@ def _as_bytes(kind: pa.DataType) -> pa.DataType:
     return pa.large_binary() if is_text else kind
 
 
-def _column(path: Path, names: Sequence[str], image_field: str, caption_field: str | None) -> str:
-    """The caption column. Raises BadSource naming what there is."""
-    wanted = [caption_field] if caption_field else list(CAPTION_FIELDS)
-    caption = next((name for name in wanted if name in names), None)
+def _row_captions(values: Mapping[str, object], columns: Mapping[str, int]) -> list[_Caption]:
+    """Captions of a row: of one column as they are, of several those that there are."""
+    found: list[_Caption] = [
+        (caption, columns[column])
+        for column, value in values.items()
+        for caption in (value if isinstance(value, list) else [value])
+    ]
+    return found if len(columns) == 1 else [one for one in found if not _is_nothing(one[0])]
+
+
+def _columns(path: Path, names: Sequence[str], image_field: str, fields: tuple[str, ...]) -> dict[str, int]:
+    """The caption columns and the number of the field that each is. Raises BadSource naming what there is."""
+    wanted = fields or CAPTION_FIELDS
+    found = {name: number for number, name in enumerate(wanted) if name in names}
+    if not fields:
+        found = dict.fromkeys([*found][:1], 0)
     if not names:
         raise BadSource(f"{path}: empty; a header line is needed")
     if image_field not in names:
         raise BadSource(
             f"{path}: no column {image_field!r}, it has {', '.join(names)}; name the one with images by --image-field"
         )
-    if caption is None:
+    if not found:
         raise BadSource(
             f"{path}: no column {' or '.join(map(repr, wanted))}, it has {', '.join(names)}; name it by --caption-field"
         )
-    return caption
+    return found

@@ -1,4 +1,4 @@
-"""Text vectors of an index: from the cache by key, from the embedder when the cache lacks some, or a control.
+"""Text vectors of an index: from caches by key, from the embedder when a cache lacks some, tokens, or a control.
 
 Controls answer "would anything else have done as well?": `permuted` deals the cached vectors to the wrong
 captions, so that nothing can be learned from the pairing; `ngram-hash` is a bag of hashed word 1- to
@@ -25,14 +25,21 @@ from lift_cache.files import publish, room_for, temporary_name
 from lift_cache.keys import caption_keys
 from lift_cache.reader import CacheReader
 from lift_cache.recipe import Recipe
+from lift_trainer.index_file import Strings
 from lift_trainer.samples import Index
 from lift_trainer.sampling import PERMUTE, permutation
 from lift_trainer.tensors import write_tensors
+from lift_trainer.text_towers import Tokenizer
 
 HASH_DIMENSIONS = 512
 HASH_WORDS = 3
 LENGTHS = 256
 """Vectors whose mean length stands for that of all."""
+
+COUNTED = 100_000
+"""Captions that stand for all when those longer than a context are counted (some seconds)."""
+TOKENIZED = 4096
+"""Captions whose tokens are held while they are counted."""
 
 Control = Literal["none", "permuted", "ngram-hash"]
 OnMissing = Literal["error", "skip", "embed"]
@@ -50,7 +57,7 @@ class TextVectors(Protocol):
         ...
 
     def gather(self, captions: np.ndarray) -> np.ndarray:
-        """Caption numbers int64 [n] → vectors [n, dimensions], float16 or float32, not normalised."""
+        """Caption numbers int64 [n] → vectors [n, dimensions], float16 or float32, not normalised; or tokens."""
         ...
 
 
@@ -137,6 +144,42 @@ class HashedText:
         return self.vectors[captions]
 
 
+class TokenText:
+    """Tokens of the distinct captions, for a text tower that is trained; made when they are gathered."""
+
+    resolution = 0.0
+
+    def __init__(self, captions: Strings, context: int) -> None:
+        """
+        Args:
+            captions: the distinct captions of an index.
+            context: tokens of each text, with start and end.
+
+        Raises:
+            BadConfig: open_clip, whose tokenizer this is, is not installed.
+        """
+        self._captions, self._tokenizer = captions, Tokenizer(context)
+
+    @property
+    def dimensions(self) -> int:
+        """Tokens of each text."""
+        return self._tokenizer.context
+
+    def gather(self, captions: np.ndarray) -> np.ndarray:
+        """Caption numbers int64 [n] → tokens, int64 [n, context]."""
+        return self._tokenizer([*self._captions.take(captions)]).ids.numpy()
+
+    def truncated(self, most: int = COUNTED) -> tuple[int, int]:
+        """How many captions are longer than the context, and of how many: all, or so many at even distances."""
+        total = len(self._captions)
+        looked_at = np.unique(np.linspace(0, total - 1, num=min(most, total)).astype(np.int64))
+        longer = 0
+        for start in range(0, len(looked_at), TOKENIZED):
+            tokens = self._tokenizer([*self._captions.take(looked_at[start : start + TOKENIZED])])
+            longer += int((tokens.lengths > self.dimensions).sum())
+        return longer, len(looked_at)
+
+
 @dataclass(frozen=True)
 class TextOrigin:
     """Where the vectors came from; part of every checkpoint, compared when a run is continued."""
@@ -172,34 +215,93 @@ def open_text(
         BadSource: the overlay is of another recipe or cache.
         CacheNotFound, CacheDamaged, CacheFull, UnsupportedFormat, ServerUnavailable.
     """
+    assert cache is not None or control == "ngram-hash", "a configuration without a cache is for ngram-hash"
+    texts, index, origins = open_texts(
+        index,
+        caches=[cache] if cache is not None else [],
+        control=control,
+        on_missing=on_missing,
+        server=server,
+        overlay=overlay,
+        seed=seed,
+    )
+    return texts[0], index, origins[0]
+
+
+def open_texts(
+    index: Index,
+    *,
+    caches: Sequence[str],
+    control: Control = "none",
+    on_missing: OnMissing = "error",
+    server: str | None = None,
+    overlay: Path,
+    seed: int = 0,
+) -> tuple[tuple[TextVectors, ...], Index, tuple[TextOrigin, ...]]:
+    """Join an index to the vectors of several caches: other encoders, or other facets of the same captions.
+
+    Args:
+        caches: at least one, but for `ngram-hash`, which is a text of its own and takes none.
+        on_missing: `skip` leaves out captions that any of the caches lacks.
+        overlay: file that keeps what `on_missing="embed"` fetches for the first cache; those of the next have
+            their number before the suffix (`overlay-1.safetensors`). What one embedder makes fits one recipe.
+
+    Returns:
+        Per cache its vectors and their origin, all of one index, which is smaller under `on_missing="skip"`.
+
+    Raises:
+        As `open_text`.
+    """
     if control == "ngram-hash":
-        return HashedText.of(index.captions), index, TextOrigin(control, None, None, None)
-    assert cache is not None, "the configuration requires a cache for everything but ngram-hash"
-    reader = CacheReader(cache)
-    rows = reader.lookup(index.keys)
-    vectors = np.empty((0, reader.dimensions), np.float32)
-    digest = None
-    missing = np.flatnonzero(rows < 0)
-    if len(missing) and on_missing == "error":
+        hashed = HashedText.of(index.captions)
+        return (hashed,), index, (TextOrigin(control, None, None, None),)
+    readers = [CacheReader(cache) for cache in caches]
+    rows = [reader.lookup(index.keys) for reader in readers]
+    lacking = [found < 0 for found in rows]
+    if on_missing == "skip" and np.any(lacking):
+        index = _skip(index, readers, lacking)
+        rows = [reader.lookup(index.keys) for reader in readers]
+    texts: list[TextVectors] = []
+    origins = []
+    for number, (reader, found) in enumerate(zip(readers, rows, strict=True)):
+        vectors, digest = np.empty((0, reader.dimensions), np.float32), None
+        missing = np.flatnonzero(found < 0)
+        if len(missing):
+            if on_missing == "error":
+                raise MissingCaptions(
+                    f"{_missing(index, missing)} are not in snapshot {reader.snapshot_id} of {reader.path}; "
+                    "fill the cache with this data (lift-embed fill) and snapshot it, or use --on-missing skip "
+                    "or embed"
+                )
+            assert server is not None, "the configuration requires a server for on_missing=embed"
+            kept = overlay.with_stem(f"{overlay.stem}-{number}") if number else overlay
+            vectors = _embed(reader, [index.captions[i] for i in missing], server, kept)
+            found[missing] = -1 - np.arange(len(missing))
+            digest = hashlib.blake2b(vectors.tobytes(), digest_size=16).hexdigest()
+        text: TextVectors = CachedText(reader, found, vectors)
+        if control == "permuted":
+            text = PermutedText(text, permutation(len(index.captions), seed, PERMUTE))
+        texts.append(text)
+        origins.append(TextOrigin(control, reader.snapshot_id, reader.recipe, digest))
+    return tuple(texts), index, tuple(origins)
+
+
+def _skip(index: Index, readers: Sequence[CacheReader], lacking: Sequence[np.ndarray]) -> Index:
+    """The index without captions that any cache lacks (bool [u] each). Raises MissingCaptions: none is left."""
+    any_lacks = np.logical_or.reduce(lacking)
+    one = len(readers) == 1
+    where = "the cache" if one else "all the caches"
+    print(f"left out {_missing(index, np.flatnonzero(any_lacks))}: not in {where}", file=sys.stderr)
+    index = index.keep_captions(~any_lacks)
+    if not len(index):
+        empty = next((reader for reader, found in zip(readers, lacking, strict=True) if found.all()), None)
         raise MissingCaptions(
-            f"{_missing(index, missing)} are not in snapshot {reader.snapshot_id} of {reader.path}; "
-            "fill the cache with this data (lift-embed fill) and snapshot it, or use --on-missing skip or embed"
+            f"none of the captions is in {empty.path}; is it the cache of this data?"
+            if empty
+            else f"no caption is in all of {', '.join(str(reader.path) for reader in readers)}; are they caches "
+            "of the same data?"
         )
-    if len(missing) and on_missing == "skip":
-        print(f"left out {_missing(index, missing)}: not in the cache", file=sys.stderr)
-        index = index.keep_captions(rows >= 0)
-        if not len(index):
-            raise MissingCaptions(f"none of the captions is in {reader.path}; is it the cache of this data?")
-        rows = reader.lookup(index.keys)
-    elif len(missing):
-        assert server is not None, "the configuration requires a server for on_missing=embed"
-        vectors = _embed(reader, [index.captions[i] for i in missing], server, overlay)
-        rows[missing] = -1 - np.arange(len(missing))
-        digest = hashlib.blake2b(vectors.tobytes(), digest_size=16).hexdigest()
-    text: TextVectors = CachedText(reader, rows, vectors)
-    if control == "permuted":
-        text = PermutedText(text, permutation(len(index.captions), seed, PERMUTE))
-    return text, index, TextOrigin(control, reader.snapshot_id, reader.recipe, digest)
+    return index
 
 
 def _missing(index: Index, missing: np.ndarray) -> str:

@@ -9,37 +9,20 @@ tower is built, or text cut into tokens.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import nn
 
 from lift_cache.errors import BadConfig
-from lift_trainer.heads import HeadName, build_head, unit_vectors
+from lift_trainer.config import HeadName, TextShape
+from lift_trainer.heads import build_head, unit_vectors
 
 if TYPE_CHECKING:
     from open_clip.tokenizer import SimpleTokenizer
 
 CACHED_WORDS = 1_000_000
 """Words whose encoding a tokenizer keeps (some 150 MB)."""
-
-
-@dataclass(frozen=True)
-class TextShape:
-    """Of CLIP's text transformer; the defaults are those beside ViT-B/16."""
-
-    context: int = 77
-    """Tokens of a caption, with start and end; longer ones are cut off. The paper's long captions have 323."""
-    width: int = 512
-    depth: int = 12
-    heads: int = 8
-
-    def __post_init__(self) -> None:
-        if self.context < 3 or min(self.width, self.depth, self.heads) < 1 or self.width % self.heads:
-            raise BadConfig(
-                f"text tower {self}: the context must be at least 3 and the width a multiple of the heads"
-            )
 
 
 class CachedTextTower(nn.Module):

@@ -21,12 +21,9 @@ from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_
 from torch import nn
 
 from lift_cache.errors import BadConfig
-from lift_trainer.config import PosEmbed, ViTShape
-from lift_trainer.heads import HeadName, build_head, unit_vectors
+from lift_trainer.config import HeadName, Pooling, PosEmbed, Start, ViTShape
+from lift_trainer.heads import build_head, unit_vectors
 from lift_trainer.images import OPENAI_MEAN, OPENAI_STD
-
-Start = Literal["scratch", "pretrained", "frozen"]
-Pooling = Literal["mean", "class", "class+mean"]
 
 
 class ImageTower(nn.Module):
@@ -110,6 +107,7 @@ def build_tower(
     pooling: Pooling = "mean",
     head: HeadName = "mlp",
     init: Literal["timm", "open_clip"] = "timm",
+    fetch: bool = True,
 ) -> ImageTower:
     """Build a tower; what is not pretrained has fresh weights, from torch's global generator.
 
@@ -124,6 +122,7 @@ def build_tower(
         pooling, head: see `ImageTower`.
         init: distribution of fresh weights of the blocks: timm's (truncated normal, 0.02), or what
             open_clip's tower starts with, and so the authors' (see `init_as_open_clip`).
+        fetch: False where a checkpoint's weights come next: pretrained ones are not looked for.
 
     Raises:
         BadConfig: timm has no such vision transformer or no such weights, the patches do not tile the
@@ -148,7 +147,7 @@ def build_tower(
             fc_norm=False,
         )
     else:
-        vit = _timm_vit(tower, image_size, start, weights, pooling)
+        vit = _timm_vit(tower, image_size, start if fetch else "scratch", weights if fetch else None, pooling)
     if pooling != "mean" and vit.cls_token is None:
         raise BadConfig(f"--tower {tower} has no class token: pool the mean of its patches")
     if start == "scratch":
@@ -168,9 +167,18 @@ def build_tower(
     )
 
 
-def _timm_vit(
-    name: str, image_size: int, start: Start, weights: Path | None, pooling: Pooling
-) -> VisionTransformer:
+def tower_width(tower: str, pooling: Pooling) -> int:
+    """Width of a tower's pooled states. Raises BadConfig: timm has no such vision transformer."""
+    if tower.startswith("vit:"):
+        width = ViTShape.parse(tower).width
+    else:
+        _require_known(tower)
+        with torch.device("meta"):
+            width = timm.create_model(tower, pretrained=False).num_features  # type: ignore[assignment]
+    return width * (2 if pooling == "class+mean" else 1)
+
+
+def _require_known(name: str) -> None:
     if not timm.is_model(name):
         near = (
             ", ".join(timm.list_models(f"*{name.split('_')[0]}*patch16*")[:3]) or "vit_base_patch16_clip_224"
@@ -178,6 +186,12 @@ def _timm_vit(
         raise BadConfig(
             f"--tower {name}: timm has no such model; try {near}, or vit:width=128,depth=4,heads=4,patch=8"
         )
+
+
+def _timm_vit(
+    name: str, image_size: int, start: Start, weights: Path | None, pooling: Pooling
+) -> VisionTransformer:
+    _require_known(name)
     unfit = f"--tower {name}: not a plain vision transformer; try vit_base_patch16_clip_224"
     if timm.models.model_entrypoint(name).__module__ != "timm.models.vision_transformer":
         raise BadConfig(unfit)

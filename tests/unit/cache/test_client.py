@@ -26,6 +26,8 @@ from lift_cache.exchange import LONGEST_PAUSE, Server
 from lift_cache.keys import keyed
 from lift_cache.recipe import Recipe
 
+pytestmark = pytest.mark.slow
+
 RECIPE = "f" * 64
 DIMENSIONS = 24
 REJECTED = "reject me"

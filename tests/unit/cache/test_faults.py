@@ -31,6 +31,8 @@ from lift_cache.verify import verify
 from lift_cache.witness import Witness
 from lift_cache.writer import CacheWriter, Rows
 
+pytestmark = pytest.mark.slow
+
 Vectors = Callable[..., np.ndarray]
 
 

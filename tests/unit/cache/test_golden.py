@@ -14,6 +14,8 @@ from lift_cache.snapshot import load_stored_manifest
 from lift_cache.verify import verify
 from lift_cache.writer import CacheWriter, Rows
 
+pytestmark = pytest.mark.slow
+
 GOLDEN = sorted((Path(__file__).parents[2] / "golden").glob("format-*"))
 CAPTIONS = [f"a photo of {i} golden things" for i in range(40)] + ["naïve café ☕", "two words kept"]
 

@@ -40,6 +40,8 @@ from lift_cache.snapshot import load_manifest, snapshots_of
 from lift_cache.verify import verify
 from lift_cache.writer import CacheWriter, Rows
 
+pytestmark = pytest.mark.slow
+
 Vectors = Callable[..., np.ndarray]
 
 

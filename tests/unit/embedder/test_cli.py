@@ -16,6 +16,8 @@ from lift_cache.recipe import Recipe
 from lift_embedder import cli
 from lift_embedder.config import FillConfig, ServeConfig
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def served(monkeypatch: pytest.MonkeyPatch) -> list[ServeConfig]:

@@ -12,6 +12,8 @@ from lift_cache.errors import BadConfig, EngineUnavailable
 from lift_cache.recipe import Recipe
 from lift_embedder.engines import resolve_kind
 
+pytestmark = pytest.mark.slow
+
 
 def test_auto_takes_vllm_where_it_is_installed(recipe: Recipe) -> None:
     assert resolve_kind("auto", recipe) == "vllm"

@@ -38,6 +38,8 @@ from lift_embedder.fill.summary import duration
 from lift_embedder.fill.targets import adopt_parts
 from lift_embedder.keyset import KeySet
 
+pytestmark = pytest.mark.slow
+
 BAD_VECTOR = "no vector for this"
 
 

@@ -34,6 +34,8 @@ from lift_embedder import http
 from lift_embedder.http import Body, Observe
 from lift_embedder.metrics import Metrics
 
+pytestmark = pytest.mark.slow
+
 LOG = "lift_embedder.http"
 IDLE = 0.2
 

@@ -13,6 +13,8 @@ from hypothesis import strategies as st
 from lift_embedder import keyset
 from lift_embedder.keyset import KeySet
 
+pytestmark = pytest.mark.slow
+
 # Few distinct halves, so that keys share their first or their last eight bytes.
 KEYS = st.builds(bytes.__add__, *[st.sampled_from([bytes(8), b"\x00" * 7 + b"\x01", b"\xff" * 8])] * 2)
 

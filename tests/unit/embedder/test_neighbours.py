@@ -25,6 +25,8 @@ from lift_embedder import neighbours
 from lift_embedder.neighbours import LEAST_ROWS, Search, search
 from lift_embedder.queue import QueueFull
 
+pytestmark = pytest.mark.slow
+
 ROWS, DIMENSIONS = 300, 24
 CAPTIONS = [f"a photo of {number} dogs" for number in range(ROWS)]
 

@@ -26,6 +26,8 @@ from lift_embedder.engines import create_engine, resolve_kind
 from lift_embedder.engines.openai_engine import Fleet, OpenAIEngine, read_key, text_for
 from lift_embedder.tokens import CaptionTokenizer
 
+pytestmark = pytest.mark.slow
+
 CANARIES = [[1, 2, 3, 4], [1, 4, 3, 2], [5, 6, 7]]
 INPUTS = [[1, number, 2 + number % 5, *range(number % 7)] for number in range(100)]
 

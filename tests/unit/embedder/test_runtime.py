@@ -9,6 +9,10 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
+
+pytestmark = pytest.mark.slow
+
 CHILD = """
 import lift_embedder, os, sys, time
 hidden = sys.modules.get("torchaudio", "not there") is None

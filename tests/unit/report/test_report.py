@@ -121,9 +121,14 @@ def make_run(
     state = {
         "step": 1500,
         "total_steps": 1500,
-        "text_dimensions": 576,
-        "snapshot": "000001-0123456789abcdef",
-        "recipe": None if config["text_control"] == "ngram-hash" else RECIPE.model_dump(mode="json"),
+        "version": 2,
+        "texts": [
+            {
+                "dimensions": 576,
+                "snapshot": "000001-0123456789abcdef",
+                "recipe": None if config["text_control"] == "ngram-hash" else RECIPE.model_dump(mode="json"),
+            }
+        ],
         "libraries": {"torch": "2.14.1", "timm": "1.0.31"},
     }
     checkpoint = path / "checkpoints" / "step-001500"
@@ -157,7 +162,7 @@ def make_run(
             "image_to_text": recalls(*(score * 0.93 for score in scores)),
             "gallery": gallery,
             "checkpoint": str(checkpoint),
-            "snapshot": state["snapshot"],
+            "snapshot": "000001-0123456789abcdef",
             "recipe": RECIPE.fingerprint,
             "text_control": config["text_control"],
         }

@@ -11,6 +11,8 @@ import torch.multiprocessing
 from lift_trainer.distributed import average_gradients, column_logsumexp, gather, mean, rank, world_size
 from tests.unit.trainer.two_ranks import CASES, Results, worker
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Results]]:

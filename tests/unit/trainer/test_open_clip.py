@@ -8,8 +8,8 @@ from torch import nn
 
 from lift_trainer.heads import unit_vectors
 from lift_trainer.images import OPENAI_MEAN, OPENAI_STD
-from lift_trainer.job import LiftModel
 from lift_trainer.losses import InfoNCE, SigLIP
+from lift_trainer.model import LiftModel
 from lift_trainer.optim import CosineSchedule, decay_groups
 from lift_trainer.text_towers import ClipTextTower, TextShape
 from lift_trainer.towers import ImageTower, build_tower
@@ -131,7 +131,7 @@ def test_the_schedule_is_open_clips() -> None:
 
 def test_what_is_spared_from_decay_is_what_open_clip_spares() -> None:
     """open_clip's own rule by name and number of dimensions, and its `no_weight_decay` for timm's optimisers."""
-    model = LiftModel(build_tower(LIFT, 32, "learned:0.5", 8), InfoNCE())
+    model = LiftModel(build_tower(LIFT, 32, "learned:0.5", 8), [], InfoNCE())
     model.add_module("text", ClipTextTower(8, TextShape(context=5, width=16, depth=1, heads=2)))
     theirs = open_clip.CLIP(
         8,

@@ -10,14 +10,14 @@ from timm.optim.lion import Lion
 
 from lift_cache.errors import BadConfig
 from lift_trainer.config import Span
-from lift_trainer.job import LiftModel
 from lift_trainer.losses import InfoNCE
+from lift_trainer.model import LiftModel
 from lift_trainer.optim import CosineSchedule, build_optimizer, decay_groups, decays, scaled_lr
 from lift_trainer.towers import build_tower
 
 
 def test_weight_decay_spares_1d_parameters_the_temperature_and_the_class_token() -> None:
-    model = LiftModel(build_tower("vit_tiny_patch16_224", 32, "learned:0.02", 8), InfoNCE())
+    model = LiftModel(build_tower("vit_tiny_patch16_224", 32, "learned:0.02", 8), [], InfoNCE())
     decayed, spared = build_optimizer(model, 1e-3, 0.2).param_groups
     assert (decayed["weight_decay"], spared["weight_decay"]) == (0.2, 0.0)
     assert decayed["betas"] == (0.9, 0.98) and decayed["eps"] == 1e-6
@@ -35,7 +35,7 @@ def test_weight_decay_spares_1d_parameters_the_temperature_and_the_class_token()
 
 
 def test_a_frozen_position_embedding_is_not_given_to_the_optimiser() -> None:
-    model = LiftModel(build_tower("vit:width=16,depth=1,heads=2,patch=8", 16, "sincos", 8), InfoNCE())
+    model = LiftModel(build_tower("vit:width=16,depth=1,heads=2,patch=8", 16, "sincos", 8), [], InfoNCE())
     given = {id(p) for group in build_optimizer(model, 1e-3, 0.2).param_groups for p in group["params"]}
     assert id(model.tower.vit.pos_embed) not in given
 
@@ -68,7 +68,7 @@ def test_the_learning_rate_scales_from_the_base_batch() -> None:
 
 
 def tiny() -> LiftModel:
-    return LiftModel(build_tower("vit_tiny_patch16_224", 32, "learned:0.02", 8), InfoNCE())
+    return LiftModel(build_tower("vit_tiny_patch16_224", 32, "learned:0.02", 8), [], InfoNCE())
 
 
 def test_position_embeddings_can_be_spared_too_or_nothing_at_all() -> None:

@@ -274,7 +274,7 @@ def test_only_shards_that_changed_are_read_again(tmp_path: Path, kept: Path, sca
     assert scanned == ["train-001.tar"]
     # Another field of the same shards is another index.
     with pytest.raises(BadSource, match="no field 'words'"):
-        index_of(*paths, limit=1, caption_field="words")
+        index_of(*paths, limit=1, caption_fields=("words",))
 
 
 def test_a_shard_changed_a_moment_ago_is_read_each_time(

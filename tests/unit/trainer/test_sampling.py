@@ -44,7 +44,7 @@ def test_batches_are_the_same_with_any_workers_parts_and_memory(
     def stream(workers: int = 0, preload: bool = False) -> list[Batch]:
         store = ImageStore(job.index, 10**6)
         assert store.preload(1 << 20) if preload else not store.in_memory
-        made = Batches(store, job.text, job.sampler, seed=0, image_size=16, max_bad=0)
+        made = Batches(store, job.texts, job.sampler, seed=0, image_size=16, max_bad=0)
         return list(made.stream(1, 6, workers, torch.device("cpu")))
 
     expected = stream()
@@ -56,7 +56,7 @@ def test_batches_are_the_same_with_any_workers_parts_and_memory(
         for a, b in zip(expected, other, strict=True):
             assert torch.equal(a.pixels, b.pixels)
             assert torch.equal(a.captions, b.captions)
-            assert torch.equal(a.text, b.text)
+            assert torch.equal(a.texts[0], b.texts[0])
 
 
 SHUFFLES = [Shuffle(7, 13), Shuffle(16, 4), Shuffle(1, 3), Shuffle(64, 1), FULL]
@@ -130,7 +130,7 @@ def test_the_images_crops_and_captions_of_all_ranks_are_those_of_one(
     monkeypatch.setattr("lift_trainer.batches.PART", 3)
 
     def stream(share: slice | None) -> list[Batch]:
-        made = Batches(ImageStore(job.index, 10**6), job.text, job.sampler, 0, 16, 0, share)
+        made = Batches(ImageStore(job.index, 10**6), job.texts, job.sampler, 0, 16, 0, share)
         return list(made.stream(2, 6, 0, torch.device("cpu")))
 
     whole = stream(None)
@@ -140,7 +140,7 @@ def test_the_images_crops_and_captions_of_all_ranks_are_those_of_one(
             joined = Batch.join(parts)
             assert torch.equal(joined.pixels, expected.pixels)
             assert torch.equal(joined.captions, expected.captions)
-            assert torch.equal(joined.text, expected.text)
+            assert torch.equal(joined.texts[0], expected.texts[0])
 
 
 def test_reading_ahead_changes_nothing_and_reads_whole_blocks(
@@ -150,7 +150,7 @@ def test_reading_ahead_changes_nothing_and_reads_whole_blocks(
     sampler = Sampler(0, len(job.index), 4, Shuffle(4, 2))
 
     def pixels() -> list[torch.Tensor]:
-        batches = Batches(ImageStore(job.index, 10**6), job.text, sampler, 0, 16, 0)
+        batches = Batches(ImageStore(job.index, 10**6), job.texts, sampler, 0, 16, 0)
         return [batch.pixels for batch in batches.stream(0, 7, 0, torch.device("cpu"))]
 
     read: list[tuple[int, int]] = []

@@ -281,7 +281,7 @@ def test_batches_from_a_store_are_those_from_here(
 
     def pixels(source: list[str], shuffle: Shuffle) -> list[torch.Tensor]:
         store = ImageStore(build_index(source, Rejects(0)), 10**6)
-        batches = Batches(store, NoText(), Sampler(0, 24, 4, shuffle), 0, 16, 0)
+        batches = Batches(store, (NoText(),), Sampler(0, 24, 4, shuffle), 0, 16, 0)
         return [batch.pixels for batch in batches.stream(0, 12, workers, torch.device("cpu"))]
 
     for shuffle in (Shuffle(), Shuffle(4, 2)):

@@ -20,7 +20,8 @@ from lift_cache.errors import BadCaption, BadSource, MissingCaptions, RecipeMism
 from lift_cache.recipe import Recipe
 from lift_trainer.rejects import Rejects
 from lift_trainer.samples import Index, build_index
-from lift_trainer.text import HashedText, open_text
+from lift_trainer.text import HashedText, TokenText, open_text, open_texts
+from lift_trainer.text_towers import Tokenizer
 from tests.unit.trainer.conftest import World, png, write_tar
 
 
@@ -231,6 +232,70 @@ def test_permuted_vectors_are_the_same_set_at_the_wrong_captions(world: World, i
     assert np.array_equal(dealt[0], dealt[1]) and not np.array_equal(dealt[0], dealt[2])
     assert np.array_equal(np.unique(dealt[0], axis=0), np.unique(true.gather(everything), axis=0))
     assert (dealt[0] != true.gather(everything)).any(1).mean() > 0.8
+
+
+@pytest.fixture
+def shorter(world: World, recipe: Recipe) -> str:
+    """A cache of another recipe, which lacks the world's first two captions."""
+    other = recipe.model_copy(update={"pooling": "mean"})
+    encoding = Encoding(dtype="float16", dimensions=24)
+    write_cache(world.root / "shorter", other, encoding, world.captions[2:], -world.vectors[2:])
+    return str(world.root / "shorter")
+
+
+def test_of_several_caches_a_caption_that_any_lacks_is_left_out_of_all(
+    world: World, larger: Index, shorter: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    caches = [str(world.cache), shorter]
+    overlay = world.root / "o"
+    with pytest.raises(MissingCaptions, match=r"1 of 36 captions \('new caption 0'\) are not in snapshot"):
+        open_texts(larger, caches=caches, overlay=overlay)
+    texts, index, origins = open_texts(larger, caches=caches, on_missing="skip", overlay=overlay)
+    assert capsys.readouterr().err.startswith("left out 3 of 36 captions ('drawing number 0',")
+    assert len(index.captions) == 33 and len(origins) == 2 and origins[0].recipe != origins[1].recipe
+    everything = np.arange(33)
+    rows = [world.captions.index(caption) for caption in index.captions]
+    np.testing.assert_allclose(texts[0].gather(everything), world.vectors[rows], atol=1e-3)
+    np.testing.assert_array_equal(texts[1].gather(everything), -texts[0].gather(everything))
+
+
+def test_each_of_several_caches_keeps_what_was_embedded_for_it_apart(
+    world: World, larger: Index, shorter: str, embedder: Embedder, recipe: Recipe
+) -> None:
+    overlay = world.root / "overlay.safetensors"
+    other = Embedder(recipe.model_copy(update={"pooling": "mean"}))
+
+    def open_both(url: str) -> list[np.ndarray]:
+        texts, _, origins = open_texts(
+            larger, caches=[str(world.cache), shorter], on_missing="embed", server=url, overlay=overlay
+        )
+        assert all(origin.overlay for origin in origins)
+        return [text.gather(np.arange(len(larger.captions))) for text in texts]
+
+    try:
+        with pytest.raises(RecipeMismatch, match="pooling"):
+            open_both(embedder.url)  # an embedder has one recipe: it can fill one of the two
+        open_text(larger, cache=shorter, on_missing="embed", server=other.url,
+                  overlay=world.root / "overlay-1.safetensors")  # fmt: skip
+    finally:
+        other.close()
+    first, second = open_both("http://127.0.0.1:9")
+    new = larger.captions.index("new caption 0")
+    assert (first[new] == 13).all() and (second[new] == 13).all()
+    assert (second[0] == len("drawing number 0")).all() and first[0] == pytest.approx(
+        world.vectors[0], abs=1e-3
+    )
+
+
+def test_tokens_are_those_of_each_caption_and_cut_ones_are_counted(index: Index) -> None:
+    text = TokenText(index.captions, 5)
+    order = np.random.default_rng(0).permutation(len(index.captions))
+    everything = Tokenizer(5)([*index.captions])
+    np.testing.assert_array_equal(text.gather(order), everything.ids[order])
+    assert text.gather(order[:0]).shape == (0, 5)
+    longer = int((everything.lengths > 5).sum())
+    assert 0 < longer < 35 and text.truncated() == (longer, 35)
+    assert text.truncated(most=7)[1] == 7 and TokenText(index.captions, 77).truncated() == (0, 35)
 
 
 def test_hashed_ngrams_need_no_model_and_tell_word_order_apart() -> None:

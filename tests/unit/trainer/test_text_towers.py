@@ -46,7 +46,7 @@ def test_without_open_clip_a_text_tower_is_refused_with_what_to_install(
 
 def test_a_shape_that_cannot_be_is_refused() -> None:
     for shape in ({"width": 30, "heads": 4}, {"context": 2}, {"depth": 0}):
-        with pytest.raises(BadConfig, match="the context must be at least 3 and the width a multiple"):
+        with pytest.raises(ValueError, match="the context must be at least 3 and the width a multiple"):
             TextShape(**shape)
 
 

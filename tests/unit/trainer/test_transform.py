@@ -97,7 +97,7 @@ def test_evaluation_captions_in_the_cache_change_no_bit_of_it(
     order = np.random.default_rng(0).permutation(len(more))
     write_cache(wider, recipe, Encoding(dimensions=24), [more[i] for i in order], filled[order])
     for name, cache in (("a", world.cache), ("b", wider)):
-        prepare(world.config(cache=str(cache), text_transform=spec)).transform.save(world.root / name)
+        prepare(world.config(cache=str(cache), text_transform=spec)).transforms[0].save(world.root / name)
     assert (world.root / "a").read_bytes() == (world.root / "b").read_bytes()
 
 

@@ -11,11 +11,12 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
 
 from lift_cache.errors import BadSource, LiftError
 from lift_cache.recipe import Recipe
 from lift_cache.snapshot import Manifest, find_snapshot, load_manifest, split_location
+from lift_trainer.record import as_current
 
 
 class _Lenient(BaseModel):
@@ -77,7 +78,7 @@ class Point(_Lenient):
 class Config(_Lenient):
     """The settings that the page reads; all of them are shown."""
 
-    cache: str | None = None
+    cache: tuple[str, ...] = ()
     tower: str
     image_size: int
     loss: str
@@ -87,16 +88,36 @@ class Config(_Lenient):
     text_transform: str = "none"
     text_control: str = "none"
 
+    @field_validator("cache", mode="before")
+    @classmethod
+    def _once_there_was_one(cls, value: object) -> object:
+        return (value,) if isinstance(value, str) else value or ()
+
+
+class Text(_Lenient):
+    """Of one cache."""
+
+    snapshot: str | None = None
+    recipe: Recipe | None = None
+
 
 class State(_Lenient):
     """Of the newest checkpoint."""
 
     step: int
     total_steps: int
-    text_dimensions: int
-    snapshot: str | None = None
-    recipe: Recipe | None = None
+    texts: tuple[Text, ...] = ()
     libraries: dict[str, str] = {}
+
+    @property
+    def snapshot(self) -> str | None:
+        """Of the first cache."""
+        return self.texts[0].snapshot if self.texts else None
+
+    @property
+    def recipe(self) -> Recipe | None:
+        """Of the first cache."""
+        return self.texts[0].recipe if self.texts else None
 
 
 class FillSummary(_Lenient):
@@ -185,9 +206,9 @@ def open_cache(location: str) -> CacheCard:
 
 def cache_of(run: Run) -> CacheCard | None:
     """The snapshot that a run was trained on; None when it used none or the cache lies elsewhere now."""
-    if run.config.cache is None or run.state.snapshot is None:
+    if not run.config.cache or run.state.snapshot is None:
         return None
-    path, _ = split_location(run.config.cache)
+    path, _ = split_location(run.config.cache[0])
     try:
         return open_cache(f"{path}@{run.state.snapshot}")
     except LiftError:
@@ -205,7 +226,11 @@ def _state(run: Path) -> State:
     except OSError:
         raise BadSource(f"{run} has no checkpoint; the same lift-train command makes one") from None
     path = run / "checkpoints" / Path(name).name / "state.json"
-    return _parse(State, _json(path), path)
+    written = _json(path)
+    try:
+        return _parse(State, as_current(path, written), path)
+    except (LookupError, TypeError):
+        raise BadSource(f"{path}: no version in it; torn?") from None
 
 
 def _points(path: Path) -> tuple[Point, ...]:

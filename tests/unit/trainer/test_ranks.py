@@ -1,0 +1,110 @@
+"""Several processes under torchrun are one run: the same batches, the same steps, one voice."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from lift_trainer.job import prepare
+from lift_trainer.loop import train
+from tests.unit.trainer.conftest import World, png, write_tar
+
+pytestmark = pytest.mark.slow
+
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
+MAIN = "import sys; from lift_trainer.cli import train_main; train_main(sys.argv[1:])"
+
+
+def torchrun(ranks: int, words: list[str]) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+    return subprocess.run(
+        [*command, "--no-python", "--", *words],
+        check=False,
+        capture_output=True,
+        text=True,
+        env=ENVIRONMENT,
+        timeout=300,
+    )
+
+
+def lift_train(flags: list[str]) -> list[str]:
+    return [sys.executable, "-c", MAIN, *flags]
+
+
+def weights(run: Path, step: int) -> dict[str, torch.Tensor]:
+    return load_file(run / "checkpoints" / f"step-{step:06d}" / "model.safetensors")
+
+
+def test_one_two_and_four_ranks_take_the_same_steps_also_when_their_number_changes(world: World) -> None:
+    """In mid-run from two to four, with a mask and further negatives."""
+    changes = {"precision": "fp32", "mask": "caption+image", "text_negatives": 8, "text_transform": "center"}
+    alone = train(prepare(world.config("alone", steps=6, **changes)))
+    flags = world.flags("several", steps=6, checkpoint_every=3, **changes)
+    two = torchrun(2, lift_train(flags))
+    assert two.returncode == 0, two.stderr
+    assert two.stderr.count("data      28 images") == 1 and "done: 6 steps" in two.stderr
+    newest = world.root / "several" / "checkpoints" / "step-000006" / "state.json"
+    newest.write_text("{")  # as if it had been cut off
+    four = torchrun(4, lift_train(flags))
+    assert four.returncode == 0, four.stderr
+    assert "continues" in four.stderr
+    expected = load_file(alone.checkpoint / "model.safetensors")
+    for name, value in weights(world.root / "several", 6).items():
+        assert torch.allclose(value, expected[name], atol=2e-5), name
+    ours, theirs = (
+        [json.loads(line) for line in (world.root / run / "metrics.jsonl").read_text().splitlines()]
+        for run in ("alone", "several")
+    )
+    assert [line["step"] for line in theirs] == [1, 2, 3, 4, 5, 6]
+    for field in ("loss", "accuracy", "masked", "positive", "negative", "grad_norm"):
+        assert [line[field] for line in theirs] == pytest.approx([line[field] for line in ours], abs=1e-4), (
+            field
+        )
+
+
+def test_gradient_caching_works_under_two_ranks(world: World) -> None:
+    changes = {"precision": "fp32", "steps": 3}
+    alone = train(prepare(world.config("alone", **changes)))
+    two = torchrun(2, lift_train(world.flags("two", gradient_cache=2, **changes)))
+    assert two.returncode == 0, two.stderr
+    expected = load_file(alone.checkpoint / "model.safetensors")
+    assert all(torch.allclose(v, expected[n], atol=2e-5) for n, v in weights(world.root / "two", 3).items())
+
+
+def test_ranks_with_different_data_are_refused_in_one_line(world: World) -> None:
+    write_tar(
+        world.root / "d0.tar", [(f"{i}", png(i), {"caption": f"drawing number {i}"}) for i in range(16)]
+    )
+    write_tar(
+        world.root / "d1.tar", [(f"{i}", png(i), {"caption": f"drawing number {i}"}) for i in range(15)]
+    )
+    flags = world.flags(steps=2)
+    flags[flags.index(str(world.shard))] = "DATA"
+    words = " ".join(f"'{word}'" for word in lift_train(flags)).replace("'DATA'", f"{world.root}/d$RANK.tar")
+    ended = torchrun(2, ["sh", "-c", words])
+    assert ended.returncode != 0
+    said = [line for line in ended.stderr.splitlines() if "rank 1 has" in line]
+    assert (
+        len(said) == 1
+        and "the digest of --data" in said[0]
+        and "Traceback" not in ended.stderr.split("torch/")[0]
+    )
+    assert not (world.root / "run" / "checkpoints").exists()
+
+
+def test_a_users_error_is_said_once_by_all_ranks_together(world: World) -> None:
+    ended = torchrun(2, lift_train(world.flags(cache=str(world.root / "nowhere"))))
+    assert ended.returncode != 0 and ended.stderr.count("nowhere") == 1
+
+
+def test_a_batch_that_cannot_be_shared_out_is_refused(world: World) -> None:
+    ended = torchrun(2, lift_train(world.flags(batch_size=7)))
+    assert ended.returncode != 0
+    assert ended.stderr.count("--batch-size is 7 for all processes together and there are 2") == 1
