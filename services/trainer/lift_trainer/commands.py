@@ -102,8 +102,7 @@ def _train(argv: Sequence[str]) -> int:
             from lift_trainer.job import prepare
             from lift_trainer.launch import ranks
             from lift_trainer.loop import train as run_job
-            from lift_trainer.plan import dry_run as try_out
-            from lift_trainer.plan import plan
+            from lift_trainer.plan import cost, plan
 
         with ranks(config.device):
 
@@ -114,7 +113,7 @@ def _train(argv: Sequence[str]) -> int:
             job = prepare(config, record)
             say(plan(job))
             if dry_run:
-                say(try_out(job))
+                say(cost(job))
                 return 0
             outcome = run_job(job)
             if outcome.signal is not None and not outcome.finished:

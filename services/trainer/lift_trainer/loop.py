@@ -107,7 +107,7 @@ def _train(job: Job) -> Outcome:
         negatives=config.text_negatives,
         features=features,
     )
-    workers = _workers(config, images.in_memory or features is not None, device)
+    workers = worker_count(config, images.in_memory or features is not None, device)
     arriving = batches.stream(job.start, schedule.total, workers, device)
     optimizer = build_optimizer(
         model,
@@ -121,7 +121,7 @@ def _train(job: Job) -> Outcome:
     if job.checkpoint:
         job.checkpoint.load_optimizer(model, optimizer)
     model.train()
-    backward = _backward(config, model)
+    backward = backward_of(config, model)
     watched = _Watched.open(job) if config.eval_data and rank() == 0 else None
 
     step, checkpoint = job.start, job.checkpoint
@@ -247,7 +247,7 @@ class _Watched:
         return self.best.note(step, scores, _path_of(self.run, step))
 
 
-def _backward(config: TrainConfig, model: LiftModel) -> Callable[[Inputs], LossValue]:
+def backward_of(config: TrainConfig, model: LiftModel) -> Callable[[Inputs], LossValue]:
     """A function that leaves the gradient of a step's loss, averaged over the ranks, in the model."""
     bf16 = config.precision == "bf16"
     if config.compile:
@@ -323,7 +323,7 @@ def _state(job: Job, step: int, bad: dict[str, str]) -> State:
     )
 
 
-def _workers(config: TrainConfig, in_memory: bool, device: torch.device) -> int:
+def worker_count(config: TrainConfig, in_memory: bool, device: torch.device) -> int:
     """Processes that make batches: beside a GPU as many as help, on a CPU none that would only compete."""
     if config.workers is not None:
         return config.workers
