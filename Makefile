@@ -7,7 +7,8 @@ E := .venv/embedder/bin
 T := .venv/trainer/bin
 
 .PHONY: help setup demo test test-fast test-tools test-service test-e2e torture torture-short lint format \
-        fast-embedder fast-trainer slow-embedder slow-trainer bench-posembed bench-emoji bench-cache bench-encodings clean
+        fast-embedder fast-trainer slow-embedder slow-trainer bench-posembed bench-emoji bench-cache bench-encodings \
+        bench-efficiency bench-server bench-trainer bench-shapes compose-check clean
 
 help:  ## say what there is
 	@awk -F':.*## ' '/^[a-z0-9-]+:.*## /{printf "  make %-17s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -74,6 +75,9 @@ bench-cache: setup  ## reading, writing and opening caches (half an hour, 8 GB o
 
 bench-encodings: demo  ## what each encoding costs in neighbours, on the demo's captions
 	$(E)/python bench/encodings.py --cache runs/demo/cache --out runs/bench-encodings.json
+
+bench-efficiency: setup  ## what a fixed text encoder saves in FLOPs, memory and time (a quarter of an hour)
+	$(T)/python bench/efficiency.py --out runs/bench-efficiency.json
 
 clean:  ## remove runs/ and caches of tools; environments and prepared models stay
 	rm -rf runs .mypy_cache .ruff_cache .hypothesis

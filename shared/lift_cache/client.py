@@ -69,7 +69,8 @@ class EmbeddingClient:
             url: `http://host:port` of the server.
             timeout: seconds one answer may take.
             patience: seconds to go on trying while the server is away or busy, from when it first was.
-            api_key: the server's key; the environment variable LIFT_API_KEY when not given.
+            api_key: the server's key; when not given, that of the environment variable LIFT_API_KEY, or in the file
+                that LIFT_API_KEY_FILE names.
             batch: captions per request; what the server finds too large is halved.
             priority: "bulk" lets the requests of others go first.
             on_wait: told why, and for how many seconds, whenever the client waits; what it raises ends the call.

@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
+from pathlib import Path
 from typing import Any, Literal
 
 import httpx
@@ -31,6 +32,7 @@ from lift_cache.recipe import Recipe
 LOOPBACK = frozenset({"localhost", "127.0.0.1", "::1"})
 RETRY_STATUS = frozenset({429, 502, 503, 504})
 KEY_VARIABLE = "LIFT_API_KEY"
+KEY_FILE_VARIABLE = "LIFT_API_KEY_FILE"
 
 CONNECT_SECONDS = 10.0
 KEEP_SECONDS = 3.0
@@ -415,6 +417,12 @@ class Tries:
 def _checked_key(given: str | None) -> str | None:
     """The key, of the argument or the environment. Raises BadConfig, which does not repeat it."""
     key = (given if given is not None else os.environ.get(KEY_VARIABLE, "")).strip()
+    if given is None and not key and (file := os.environ.get(KEY_FILE_VARIABLE)):
+        try:
+            key = Path(file).read_text().strip()
+        except (OSError, UnicodeDecodeError) as error:
+            why = error.strerror if isinstance(error, OSError) else "it is not text"
+            raise BadConfig(f"{KEY_FILE_VARIABLE} {file}: {why}") from None
     if not all("!" <= c <= "~" for c in key):
         where = KEY_VARIABLE if given is None else "api_key"
         raise BadConfig(f"{where}: a key is printable ASCII without spaces; copy it again")

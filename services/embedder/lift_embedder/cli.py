@@ -48,6 +48,33 @@ def model(name: str) -> None:
 
 
 @app.command
+def keys(folder: Path, /, *, name: list[str]) -> None:
+    """Make API keys for a server and its clients where there are none; what is there stays.
+
+    `lift-embed keys keys/ --name fill=embed --name grafana=read`, then `lift-embed serve --keys-file keys/server …` and
+    `LIFT_API_KEY_FILE=keys/fill lift-embed fill …`. A key is revoked by taking its line out of keys/server.
+
+    Parameters
+    ----------
+    folder:
+        Gets the file `server` with all keys, and a file with one key for each name.
+    name:
+        NAME=SCOPE, the scope being read, embed or admin; one flag each.
+    """
+    from lift_embedder.access import Scope
+    from lift_embedder.new_keys import make_keys
+
+    wanted = {}
+    for one in name:
+        who, equals, scope = one.partition("=")
+        if not equals or scope.upper() not in Scope.__members__:
+            raise BadConfig(f"--name {one}: NAME=SCOPE, the scope being read, embed or admin")
+        wanted[who] = Scope[scope.upper()]
+    made = make_keys(folder, wanted)
+    print(f"{folder}: made {', '.join(made)}" if made else f"{folder}: all keys are there", file=sys.stderr)
+
+
+@app.command
 def serve(*, config: Annotated[ServeConfig, Parameter(name="*")]) -> None:
     """Serve embeddings over HTTP through a cache; the one writer of that cache."""
     from lift_embedder.server import serve as run

@@ -184,7 +184,9 @@ class OwnServer:
             return self._process
 
     def _environment(self) -> dict[str, str]:
-        environment = {name: value for name, value in os.environ.items() if name != "LIFT_API_KEY"}
+        environment = {
+            name: value for name, value in os.environ.items() if not name.startswith("LIFT_API_KEY")
+        }
         environment["LIFT_KEYS"] = f"fill admin {self.key}"
         if self._device is not None:
             environment["CUDA_VISIBLE_DEVICES"] = "" if self._device == "cpu" else self._device

@@ -1,0 +1,46 @@
+# The trainer and its tools. One image for CPUs and GPUs: PyTorch's build on PyPI runs on both.
+#
+#   docker build -f docker/trainer.Dockerfile -t lift-trainer:0.1.0 .
+#
+# PYTHON_IMAGE   base image with Python 3.11
+# EXTRAS         of lift-trainer: data (the demo's drawings), joint (CLIP's text transformer)
+# VERSION, REVISION   for the labels
+# A folder of wheels can be handed in as the build context `wheels`.
+ARG PYTHON_IMAGE=python:3.11-slim
+
+FROM scratch AS wheels
+
+FROM ${PYTHON_IMAGE} AS build
+ARG EXTRAS=data,joint
+ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_COMPILE=1 PYTHONDONTWRITEBYTECODE=1
+RUN python3 -m venv /opt/lift
+ENV PATH=/opt/lift/bin:$PATH
+WORKDIR /src
+COPY requirements/trainer.lock requirements/
+RUN sed -n 's/^\([A-Za-z0-9][^ ]*==[^ ]*\).*/\1/p' requirements/trainer.lock > versions.txt
+COPY shared/pyproject.toml shared/
+COPY services/trainer/pyproject.toml services/trainer/
+COPY docker/install.py docker/
+RUN --mount=type=bind,from=wheels,target=/wheels \
+    python docker/install.py services/trainer "$EXTRAS" --constraint versions.txt --find-links /wheels
+COPY shared shared
+COPY services/trainer services/trainer
+RUN pip install --no-deps --no-build-isolation ./shared ./services/trainer && pip uninstall -q -y pip
+
+FROM ${PYTHON_IMAGE}
+ARG VERSION=0.1.0
+ARG REVISION=unknown
+LABEL org.opencontainers.image.title="lift-trainer" \
+      org.opencontainers.image.description="Trains an image encoder against a cache of frozen caption embeddings" \
+      org.opencontainers.image.licenses="Apache-2.0" \
+      org.opencontainers.image.version="${VERSION}" \
+      org.opencontainers.image.revision="${REVISION}"
+RUN groupadd --gid 10002 trainer && useradd --uid 10002 --gid trainer --no-create-home --home-dir /tmp trainer \
+    && install -d -o trainer -g trainer /runs /data && install -d /cache
+COPY --from=build /opt/lift /opt/lift
+COPY scripts/demo.yaml /opt/lift/demo.yaml
+ENV PATH=/opt/lift/bin:$PATH PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 \
+    LIFT_INDEX_DIR=/runs/.index LIFT_SHARD_CACHE=/runs/.shards HF_HOME=/runs/.hub TORCHINDUCTOR_CACHE_DIR=/tmp/inductor
+USER trainer
+WORKDIR /runs
+CMD ["lift-train", "--help"]
