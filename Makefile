@@ -76,6 +76,11 @@ bench-cache: setup  ## reading, writing and opening caches (half an hour, 8 GB o
 bench-encodings: demo  ## what each encoding costs in neighbours, on the demo's captions
 	$(E)/python bench/encodings.py --cache runs/demo/cache --out runs/bench-encodings.json
 
+bench-server: setup  ## the server against vLLM's own and the engine alone; hits (20 minutes on 2 free cores)
+	$(E)/lift-embed model minilm
+	$(E)/lift-embed model smollm2
+	$(E)/python bench/server.py --out runs/bench-server.json
+
 bench-efficiency: setup  ## what a fixed text encoder saves in FLOPs, memory and time (a quarter of an hour)
 	$(T)/python bench/efficiency.py --out runs/bench-efficiency.json
 

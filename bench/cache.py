@@ -25,7 +25,6 @@ import json
 import math
 import multiprocessing
 import os
-import platform
 import shutil
 import statistics
 import sys
@@ -35,7 +34,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
-from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -45,6 +43,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from cyclopts import App, Parameter
+from reporting import Record, Spread, machine, markdown, rounded
 
 import lift_cache.reader
 from lift_cache.bulk import BulkWriter
@@ -68,7 +67,6 @@ from lift_cache.snapshot import build_snapshot
 from lift_cache.tools.export import export_aligned
 from lift_cache.writer import CacheWriter, Rows
 
-Record = dict[str, Any]
 Part = Callable[[Path, bool], Iterator[tuple[str, Record]]]
 
 CHUNK = 8_192
@@ -200,20 +198,6 @@ def index_keys_only(path: Path) -> None:
 
 
 # Measuring
-
-
-@dataclass(frozen=True)
-class Spread:
-    """Median and quartiles."""
-
-    median: float
-    low: float
-    high: float
-
-    @classmethod
-    def of(cls, values: Sequence[float]) -> Spread:
-        low, median, high = np.quantile(values, (0.25, 0.5, 0.75))
-        return cls(float(median), float(low), float(high))
 
 
 def seconds(work: Callable[[], Any]) -> float:
@@ -921,7 +905,13 @@ def main(
         raise BadConfig(f"--only {unknown[0]}: no such part; there are {', '.join(PARTS)}")
     if out is not None:
         make_directory(out.parent)  # not after half an hour
-    report: Record = {"machine": _machine(), "quick": quick, "load": {}, "seconds": {}, "tables": {}}
+    report: Record = {
+        "machine": machine("numpy", "pyarrow"),
+        "quick": quick,
+        "load": {},
+        "seconds": {},
+        "tables": {},
+    }
     with tempfile.TemporaryDirectory(dir=work, prefix="bench-cache-") as scratch:
         for name in only:
             place = Path(scratch) / name
@@ -929,55 +919,15 @@ def main(
             before, began = os.getloadavg()[0], time.perf_counter()
             for table, record in PARTS[name](place, quick):
                 report["tables"].setdefault(table, []).append(record)
-                print(table, json.dumps(_rounded(record)), flush=True)
+                print(table, json.dumps(rounded(record)), flush=True)
             report["seconds"][name] = round(time.perf_counter() - began, 1)
             report["load"][name] = [before, os.getloadavg()[0]]
             shutil.rmtree(place)
-    text = "\n".join(_table(name, records) for name, records in report["tables"].items())
+    text = markdown(report["tables"])
     print(f"\n{text}")
     if out is not None:
         write_atomic(out, (json.dumps(report, indent=1) + "\n").encode())
         write_atomic(out.with_suffix(".md"), text.encode())
-
-
-def _machine() -> Record:
-    model = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
-    return {
-        "cpu": model[0].split(":")[1].strip() if model else platform.machine(),
-        "cores": os.cpu_count(),
-        "memory GB": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9, 1),
-        "kernel": platform.release(),
-        "python": platform.python_version(),
-        "numpy": np.__version__,
-        "pyarrow": pa.__version__,
-    }
-
-
-def _rounded(record: Record) -> Record:
-    def short(value: Any) -> Any:
-        if isinstance(value, list):
-            return [short(one) for one in value]
-        return float(f"{value:.4g}") if isinstance(value, float) else value
-
-    return {name: short(value) for name, value in record.items()}
-
-
-def _table(name: str, records: list[Record]) -> str:
-    columns = list(dict.fromkeys(column for record in records for column in record))
-    lines = [f"### {name}", "", "| " + " | ".join(columns) + " |", "|" + " --- |" * len(columns)]
-    for record in records:
-        lines.append("| " + " | ".join(_said(record.get(column)) for column in columns) + " |")
-    return "\n".join(lines) + "\n"
-
-
-def _said(value: Any) -> str:
-    if value is None:
-        return ""
-    if isinstance(value, list):
-        return " … ".join(map(_said, value))
-    if isinstance(value, float):
-        return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
-    return f"{value:,}" if isinstance(value, int) else str(value)
 
 
 if __name__ == "__main__":

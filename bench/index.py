@@ -151,6 +151,7 @@ def made_up(number: int) -> Part:
             draw.integers(97, 123, SHARD * 100, np.uint8).tobytes(), np.arange(1, SHARD + 1) * 100
         ),
         keys=draw.integers(0, 256, (SHARD, KEY_BYTES), np.uint8),
+        fields=np.zeros(SHARD, np.uint8),
     )
 
 

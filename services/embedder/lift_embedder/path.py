@@ -108,8 +108,11 @@ class EmbeddingPath:
         errors: dict[int, LiftError] = {i: BadCaption(reason) for i, reason in unusable.items()}
         _require_good(errors, each)
         hits = await self._hits(keys)
-        self._metrics.captions.labels("hit").inc(int(hits.found.sum()))
+        found = int(np.count_nonzero(hits.found))
+        self._metrics.captions.labels("hit").inc(found)
         answer = Answer(hits.vectors, hits.found, hits.tokens, hits.truncated, errors)
+        if found == len(texts):
+            return answer
         missing = [i for i in np.flatnonzero(~hits.found).tolist() if i not in errors]
         if not missing:
             return answer

@@ -270,7 +270,7 @@ def _table_rows(
                     texts = [_values(batch[column]) for column in columns]
                     for image, *values in zip(_values(batch[image_field]), *texts, strict=True):
                         number += 1
-                        yield number, image, _row_captions(dict(zip(columns, values, strict=True)), columns)
+                        yield number, image, _row_captions(zip(columns.values(), values, strict=True), fields)
             return
         with path.open(newline="", encoding="utf-8-sig", errors="surrogateescape") as text:
             reader = csv.reader(text, delimiter="\t" if path.suffix.lower() == ".tsv" else ",", strict=True)
@@ -278,8 +278,9 @@ def _table_rows(
             columns = _columns(path, header, image_field, fields)
             place = {column: header.index(column) for column in (image_field, *columns)}
             for number, record in _csv_records(path, reader, len(header), rejects):
-                values_of = {column: record[place[column]] for column in columns}
-                yield number, record[place[image_field]], _row_captions(values_of, columns)
+                values = [record[place[column]] for column in columns]
+                captions = _row_captions(zip(columns.values(), values, strict=True), fields)
+                yield number, record[place[image_field]], captions
     except (csv.Error, pa.ArrowException, OSError) as error:
         raise BadSource(
             f"{path}: cannot be read ({str(error).splitlines()[0]}); is it whole, and UTF-8?"
@@ -326,14 +327,14 @@ def _as_bytes(kind: pa.DataType) -> pa.DataType:
     return pa.large_binary() if is_text else kind
 
 
-def _row_captions(values: Mapping[str, object], columns: Mapping[str, int]) -> list[_Caption]:
-    """Captions of a row: of one column as they are, of several those that there are."""
+def _row_captions(values: Iterable[tuple[int, object]], fields: tuple[str, ...]) -> list[_Caption]:
+    """Captions of a row, from each field's number and value: of one field as they are, of several those there are."""
     found: list[_Caption] = [
-        (caption, columns[column])
-        for column, value in values.items()
+        (caption, number)
+        for number, value in values
         for caption in (value if isinstance(value, list) else [value])
     ]
-    return found if len(columns) == 1 else [one for one in found if not _is_nothing(one[0])]
+    return found if len(fields) < 2 else [one for one in found if not _is_nothing(one[0])]
 
 
 def _columns(path: Path, names: Sequence[str], image_field: str, fields: tuple[str, ...]) -> dict[str, int]:

@@ -177,6 +177,66 @@ def test_a_name_that_is_not_utf8_is_spelt_in_ascii() -> None:
     assert list(rejects.named) == ["a.tar:\\udcff"]
 
 
+# ---------------------------------------------------------------------------------------------- caption fields
+
+
+def test_several_caption_fields_are_kept_apart_and_one_is_as_it_was(tmp_path: Path) -> None:
+    shard = write_tar(
+        tmp_path / "a.tar",
+        [
+            ("0", png(0), {"short": "a", "long": ["b", "c"]}),
+            ("1", png(1), {"long": "a", "short": None}),
+            ("2", png(2), {"short": " d "}),
+            ("3", png(3), {"short": "", "long": []}),
+        ],
+    )
+    index, left_out = index_of(shard, limit=1, caption_fields=("short", "long"))
+    assert list(left_out) == [f"{shard}:3"] and index.names == ["0", "1", "2"]
+    assert [index.captions[i] for i in index.pairs] == ["a", "b", "c", "a", "d"]
+    assert index.field_of_pair.tolist() == [0, 1, 1, 1, 0]
+    assert index.pairs_of(np.array([2, 0])).tolist() == [[4, -1, -1], [0, 1, 2]]
+    turned, _ = index_of(shard, limit=1, caption_fields=("long", "short"))
+    assert turned.digest != index.digest
+    smaller = index.keep_captions(np.array([False, True, True, True]))
+    assert smaller.names == ["0", "2"] and smaller.field_of_pair.tolist() == [1, 1, 0]
+    one = write_tar(tmp_path / "b.tar", [("0", b"0123456789", {"caption": "a"})])
+    by_name, _ = index_of(one, caption_fields=("caption",))
+    assert by_name.digest == index_of(one)[0].digest == "bf9f4edc06a499feb1c831de30c6fb75"
+    assert not by_name.field_of_pair.any()
+
+
+@pytest.mark.parametrize("kind", ["csv", "parquet"])
+def test_a_tables_caption_fields_are_its_columns_of_which_a_row_may_lack_some(
+    photos: Path, kind: str
+) -> None:
+    rows = [("0.png", "a", "b"), ("1.png", None, "c"), ("0.png", "d", None), ("2.png", None, None)]
+    table = photos / f"t.{kind}"
+    if kind == "csv":
+        with table.open("w", newline="") as file:
+            csv.writer(file).writerows([("image", "short", "long"), *rows])
+    else:
+        columns = zip(("image", "short", "long"), zip(*rows, strict=True), strict=True)
+        pq.write_table(pa.table({name: list(values) for name, values in columns}), table)
+    index, left_out = index_of(table, limit=1, caption_fields=("long", "short"))
+    assert index.names == ["0.png", "1.png"] and list(left_out) == [f"{table}:2.png"]
+    captions = [index.captions[i] for i in index.pairs]
+    assert dict(zip(captions, index.field_of_pair.tolist(), strict=True)) == {"a": 1, "b": 0, "c": 0, "d": 1}
+    only_long = write_tar(photos / "x.tar", [("0", png(0), {"long": "e"})])
+    both, _ = index_of(table, only_long, limit=1, caption_fields=("long", "short"))
+    assert both.field_of_pair[both.first[2] :].tolist() == [0]
+
+
+def test_a_kept_index_knows_its_fields(kept: Path, tmp_path: Path) -> None:
+    samples = [(f"{i}", png(i), {"short": f"s{i}", "long": f"l{i}"}) for i in range(3)]
+    shard = write_tar(tmp_path / "a.tar", samples)
+    age(shard)
+    made, _ = index_of(shard, caption_fields=("short", "long"))
+    opened, _ = index_of(shard, caption_fields=("short", "long"))
+    assert opened.known_digest == made.digest and opened.field_of_pair.tolist() == [0, 1] * 3
+    short, _ = index_of(shard, caption_fields=("short",))
+    assert short.captions == ["s0", "s1", "s2"], "other fields, another index"
+
+
 # ---------------------------------------------------------------------------------------------- kept indexes
 
 

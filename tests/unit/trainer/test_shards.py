@@ -28,6 +28,8 @@ from lift_trainer.sampling import Sampler, Shuffle
 from lift_trainer.shards import PieceCache, expand_remote
 from tests.unit.trainer.conftest import World, png, write_tar
 
+pytestmark = pytest.mark.slow
+
 PIECE = 4096
 
 

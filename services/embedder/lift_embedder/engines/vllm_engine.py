@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import itertools
 import multiprocessing
 from collections.abc import Sequence
@@ -80,7 +81,13 @@ class VllmEngine:
             )
 
     def _build(self) -> AsyncLLM:
-        return AsyncLLM.from_engine_args(AsyncEngineArgs(**self._arguments))
+        llm = AsyncLLM.from_engine_args(AsyncEngineArgs(**self._arguments))
+        # What importing and loading made stays. Collections would walk all of it while requests wait; vLLM's own
+        # server does the same. Thawed first, so that an engine before this one is collected.
+        gc.unfreeze()
+        gc.collect()
+        gc.freeze()
+        return llm
 
     async def embed(self, inputs: Sequence[list[int]]) -> np.ndarray:
         if self._llm is None:
