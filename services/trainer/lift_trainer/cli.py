@@ -1,4 +1,4 @@
-"""Entry points of all four commands: nothing is imported before Ctrl-C is answered."""
+"""Entry points of all commands: nothing is imported before Ctrl-C is answered."""
 
 from __future__ import annotations
 
@@ -35,4 +35,11 @@ def report_main(argv: Sequence[str] | None = None) -> None:
     """`lift-report`."""
     with loading("no page was written; run the same command again"):
         from lift_trainer.report.cli import main
+    main(argv)
+
+
+def export_main(argv: Sequence[str] | None = None) -> None:
+    """`lift-export`."""
+    with loading("nothing was written; run the same command again"):
+        from lift_trainer.export.command import main
     main(argv)
