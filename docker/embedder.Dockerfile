@@ -50,9 +50,12 @@ LABEL org.opencontainers.image.title="lift-embedder" \
       org.opencontainers.image.licenses="Apache-2.0" \
       org.opencontainers.image.version="${VERSION}" \
       org.opencontainers.image.revision="${REVISION}"
-# One user per service: the trainer reads what the embedder owns. New files are for the group to read.
+# vLLM's kernels are linked against it.
+RUN apt-get update -q && apt-get install -q -y --no-install-recommends libnuma1 && rm -rf /var/lib/apt/lists/*
+# One user per service: the trainer (10002) reads what the embedder (10001) owns. A volume takes its owner from the image
+# that mounts it first, whichever that is, so both images say the same.
 RUN groupadd --gid 10001 lift && useradd --uid 10001 --gid lift --no-create-home --home-dir /tmp lift \
-    && install -d -o lift -g lift /cache /models /keys /state /data
+    && install -d -o 10001 -g 10001 /cache /models /keys /state && install -d -o 10002 -g 10002 /data
 ENV PATH=/opt/lift/bin:$PATH PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 \
     LIFT_HOME=/models LIFT_STATE=/state HF_HOME=/models/hub VLLM_NO_USAGE_STATS=1 VLLM_CACHE_ROOT=/tmp/vllm
 USER lift

@@ -35,8 +35,9 @@ LABEL org.opencontainers.image.title="lift-trainer" \
       org.opencontainers.image.licenses="Apache-2.0" \
       org.opencontainers.image.version="${VERSION}" \
       org.opencontainers.image.revision="${REVISION}"
+# A volume takes its owner from the image that mounts it first: see docker/embedder.Dockerfile.
 RUN groupadd --gid 10002 trainer && useradd --uid 10002 --gid trainer --no-create-home --home-dir /tmp trainer \
-    && install -d -o trainer -g trainer /runs /data && install -d /cache
+    && install -d -o 10002 -g 10002 /runs /data && install -d -o 10001 -g 10001 /cache
 COPY --from=build /opt/lift /opt/lift
 COPY scripts/demo.yaml /opt/lift/demo.yaml
 ENV PATH=/opt/lift/bin:$PATH PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 \

@@ -329,6 +329,26 @@ def test_several_runs_share_one_page_and_what_differs_is_listed(
     assert out.read_text().count("<polyline") == 4  # two lines, wide and narrow
 
 
+def test_held_out_losses_are_a_curve_beside_that_of_training(
+    new_run: MakeRun, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    scored, out = new_run("scored"), tmp_path / "report.html"
+    held_out = [
+        {"step": step, "held_out": {"loss": loss, "r@1_image_to_text": 0.1}}
+        for step, loss in ((500, 4.5), (1000, 4.25), (1250, None), (1500, 4.125))
+    ]
+    lines = (scored / "metrics.jsonl").read_text().splitlines()
+    (scored / "metrics.jsonl").write_text("\n".join([*map(json.dumps, held_out), *lines]) + "\n")
+    report(scored, "--baseline", new_run("plain"), "-o", out, capsys=capsys)
+    page = out.read_text()
+    assert page.count("<polyline") == 6  # three lines, wide and narrow
+    assert page.count("scored, held out from 4.5 to 4.12") == 2
+    assert "<title>scored, held out · step 1,250" not in page
+    text = re.sub(r"\s+", " ", " ".join(Reader(page).texts))
+    assert "Loss in training and on held-out data" in text
+    assert "scored: 384,000 images in" in text
+
+
 def test_runs_of_one_name_are_told_apart_and_a_resumed_run_counts_all_its_time(
     new_run: MakeRun, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

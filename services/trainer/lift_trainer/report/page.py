@@ -231,9 +231,18 @@ def _bar(value: float, chance: float, n: int | None) -> Markup:
 
 def _loss(report: Report) -> Markup | None:
     lines = [
-        Line(run.name, [(point.step, point.loss) for point in run.points], style) for run, style in report.all
+        line
+        for run, style in report.all
+        for line in (
+            Line(run.name, [(point.step, point.loss) for point in run.points], style),
+            Line(
+                f"{run.name}, held out",
+                [(point.step, point.held_out.loss) for point in run.held_out],
+                f"{style} held-out",
+            ),
+        )
+        if line.points
     ]
-    lines = [line for line in lines if line.points]
     if not lines:
         return None
     legend = [
@@ -253,13 +262,14 @@ def _loss(report: Report) -> Markup | None:
         )
         for kind, w, h in (("wide", 976, 320), ("narrow", 360, 260))
     ]
+    held_out = any(run.held_out for run, _ in report.all)
     run = report.runs[0]
     spent = (
         f"{run.name}: {run.points[-1].samples:,} images in {_duration(run.seconds)}." if run.points else ""
     )
     return tag(
         "section",
-        tag("h2", "Training loss"),
+        tag("h2", "Loss in training and on held-out data" if held_out else "Training loss"),
         tag("p", spent, class_="note"),
         tag("div", tag("div", legend, class_="legend"), charts, class_="chart body"),
     )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -11,7 +10,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, FiniteFloat, TypeAdapter, ValidationError, field_validator
 
 from lift_cache.errors import BadSource, LiftError
 from lift_cache.recipe import Recipe
@@ -71,8 +70,17 @@ class Retrieval(_Lenient):
 class Point(_Lenient):
     step: int
     samples: int
-    loss: float
+    loss: FiniteFloat
     time_s: float
+
+
+class HeldOutScores(_Lenient):
+    loss: FiniteFloat
+
+
+class HeldOutPoint(_Lenient):
+    step: int
+    held_out: HeldOutScores
 
 
 class Config(_Lenient):
@@ -134,6 +142,9 @@ class FillSummary(_Lenient):
     seconds: float
 
 
+_POINT: TypeAdapter[Point | HeldOutPoint] = TypeAdapter(Point | HeldOutPoint)
+
+
 @dataclass(frozen=True)
 class Run:
     name: str
@@ -143,6 +154,8 @@ class Run:
     """All of `config.json`, for the table."""
     state: State
     points: tuple[Point, ...]
+    held_out: tuple[HeldOutPoint, ...]
+    """Scored while training, where that was asked for."""
     evaluations: dict[str, Retrieval]
     """By data name: `test` of `eval/retrieval-test.json`."""
 
@@ -177,13 +190,15 @@ def open_run(argument: str) -> Run:
     if not found:
         raise BadSource(f"{path} has no evaluation; first: lift-eval retrieval --run {path} --data SHARDS")
     settings = _json(path / "config.json")
+    points, held_out = _points(path / "metrics.jsonl")
     return Run(
         name=name or path.resolve().name,
         path=path,
         config=_parse(Config, settings, path / "config.json"),
         settings=settings,
         state=_state(path),
-        points=_points(path / "metrics.jsonl"),
+        points=points,
+        held_out=held_out,
         evaluations={
             file.stem.removeprefix("retrieval-"): _parse(Retrieval, _json(file), file) for file in found
         },
@@ -233,21 +248,24 @@ def _state(run: Path) -> State:
         raise BadSource(f"{path}: no version in it; torn?") from None
 
 
-def _points(path: Path) -> tuple[Point, ...]:
-    """Logged steps; a last line that was cut off, or a loss that is not finite, draws nothing."""
-    points = []
+def _points(path: Path) -> tuple[tuple[Point, ...], tuple[HeldOutPoint, ...]]:
+    """Logged steps and held-out ones; a last line that was cut off, or a loss that is not finite, draws nothing."""
+    points: list[Point] = []
+    held_out: list[HeldOutPoint] = []
     try:
         lines = path.read_bytes().splitlines()
     except OSError as error:
         raise BadSource(f"{path}: {error.strerror}") from None
     for line in lines:
         try:
-            point = Point.model_validate_json(line)
+            point = _POINT.validate_json(line)
         except ValidationError:
             continue
-        if math.isfinite(point.loss):
+        if isinstance(point, HeldOutPoint):
+            held_out.append(point)
+        else:
             points.append(point)
-    return tuple(points)
+    return tuple(points), tuple(held_out)
 
 
 def _json(path: Path) -> dict[str, Any]:
