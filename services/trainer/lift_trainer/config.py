@@ -40,7 +40,7 @@ def _flag(group: Group) -> Parameter:
     return Parameter(group=group, negative_iterable=(), negative_none=())
 
 
-def _paths(kind: Any, text: str) -> list[str]:
+def _paths(kind: Any, text: str, *, delimiter: str | None = None) -> list[str]:
     """How a variable of the environment names several: as PATH does."""
     return text.split(os.pathsep)
 

@@ -155,6 +155,27 @@ def test_what_a_flag_says_stands_above_the_file_and_the_file_above_the_preset(
     assert not (world.root / "run").exists()
 
 
+def test_everything_can_come_from_the_environment(
+    world: World, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    variables = {
+        "LIFT_PRESET": "lift-cosine",
+        "LIFT_DATA": str(world.shard),
+        "LIFT_CACHE": f"{world.cache}{os.pathsep}{world.cache}",
+        "LIFT_RUN": str(world.root / "run"),
+        "LIFT_TOWER": "vit:width=16,depth=1,heads=2,patch=8",
+        "LIFT_IMAGE_SIZE": "16",
+        "LIFT_BATCH_SIZE": "4",
+        "LIFT_WARMUP": "1",
+        "LIFT_DEVICE": "cpu",
+    }
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    lift_train(["--dry-run"])
+    said = capsys.readouterr().err
+    assert "steps of 4 images" in said and said.count("tests/tiny, snapshot") == 2
+
+
 def test_an_unknown_preset_is_refused_with_those_there_are(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         lift_train(["--preset", "blip"])
