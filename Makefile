@@ -5,10 +5,11 @@ export OMP_WAIT_POLICY ?= passive
 
 E := .venv/embedder/bin
 T := .venv/trainer/bin
+SHAPES := $(T)/python bench/shapes.py --data runs/shapes --validation runs/shapes-validation --cache smollm2=runs/shapes-smollm2
 
 .PHONY: help setup demo test test-fast test-tools test-service test-e2e torture torture-short lint format \
         fast-embedder fast-trainer slow-embedder slow-trainer bench-posembed bench-emoji bench-cache bench-encodings \
-        bench-efficiency bench-server bench-trainer bench-shapes compose-check clean
+        bench-efficiency bench-server bench-shapes bench-trainer clean
 
 help:  ## say what there is
 	@awk -F':.*## ' '/^[a-z0-9-]+:.*## /{printf "  make %-17s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -67,6 +68,14 @@ bench-posembed: setup  ## position embeddings on generated scenes, five seeds (2
 	$(T)/lift-data shapes runs/shapes
 	$(T)/python bench/posembed.py --data runs/shapes --out runs/posembed
 
+bench-shapes: setup  ## text transforms on generated scenes, five seeds (25 minutes on 2 free cores)
+	$(E)/lift-embed model smollm2
+	$(T)/lift-data shapes runs/shapes
+	$(T)/lift-data shapes runs/shapes-validation --seed 2
+	$(E)/lift-embed fill runs/shapes/*.tar runs/shapes-validation/*.tar --cache runs/shapes-smollm2 --model smollm2 --snapshot
+	for choice in first then; do $(SHAPES) --list | OMP_NUM_THREADS=1 xargs -P 2 -I{} $(SHAPES) --only {} || exit 1; done
+	$(SHAPES)
+
 bench-emoji: demo  ## text transforms and controls on unseen emoji, three seeds (25 minutes on 2 free cores)
 	$(T)/python bench/emoji.py --data runs/demo/data --cache minilm=runs/demo/cache
 
@@ -83,6 +92,9 @@ bench-server: setup  ## the server against vLLM's own and the engine alone; hits
 
 bench-efficiency: setup  ## what a fixed text encoder saves in FLOPs, memory and time (a quarter of an hour)
 	$(T)/python bench/efficiency.py --out runs/bench-efficiency.json
+
+bench-trainer: setup  ## the trainer's loader, its text vectors, lift beside clip (20 minutes on 2 free cores)
+	$(T)/python bench/trainer.py --out runs/bench-trainer.json
 
 clean:  ## remove runs/ and caches of tools; environments and prepared models stay
 	rm -rf runs .mypy_cache .ruff_cache .hypothesis
