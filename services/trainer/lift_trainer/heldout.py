@@ -35,6 +35,7 @@ from lift_trainer.text import TextVectors
 from lift_trainer.transform import TextTransform
 
 if TYPE_CHECKING:
+    from lift_trainer.config import TrainConfig
     from lift_trainer.job import Job
     from lift_trainer.losses import Loss
     from lift_trainer.model import LiftModel
@@ -176,14 +177,9 @@ class HeldOut:
         """Open `--eval-data` as the training data were: same caches at the same snapshots, fields and transforms.
 
         Raises:
-            BadConfig: no such evaluator, or no such score for --best.
             LiftError: data or texts that cannot be used.
         """
         config = job.config
-        for name in config.evaluators:
-            if name not in EVALUATORS:
-                raise BadConfig(f"--evaluators {name}: there is {', '.join(EVALUATORS)}")
-        _require_score(config.best, config.evaluators)
         rejects = Rejects(config.max_bad)
         index, texts = _open_data(job, rejects)
         return cls(
@@ -396,6 +392,15 @@ def _undisturbed(model: LiftModel, device: torch.device) -> Iterator[None]:
 
 
 # ---------------------------------------------------------------------------------------------- the best
+
+
+def require_scores(config: TrainConfig) -> None:
+    """Raises BadConfig: no such evaluator, or no such score for --best."""
+    for name in config.evaluators:
+        if name not in EVALUATORS:
+            raise BadConfig(f"--evaluators {name}: there is {', '.join(EVALUATORS)}")
+    if config.eval_data:
+        _require_score(config.best, config.evaluators)
 
 
 def _require_score(name: str, evaluators: Sequence[str]) -> None:

@@ -21,6 +21,7 @@ from lift_trainer.checkpoint import (
 )
 from lift_trainer.config import Span, TextShape, TrainConfig, TransformSpec
 from lift_trainer.distributed import rank, world_size
+from lift_trainer.heldout import require_scores
 from lift_trainer.launch import require_same, taking_turns
 from lift_trainer.model import LiftModel, build_model
 from lift_trainer.optim import CosineSchedule, scaled_lr
@@ -91,6 +92,7 @@ def prepare(config: TrainConfig, record: State | None = None) -> Job:
     Raises:
         LiftError: some input cannot be used, or is not what the run in `config.run` or the record began with.
     """
+    require_scores(config)
     device = choose_device(config.device)
     # The same setting as a flag: worker processes, and evaluations, read the variable.
     if config.shard_cache:

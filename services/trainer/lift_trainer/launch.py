@@ -6,12 +6,16 @@ import contextlib
 import os
 import sys
 from collections.abc import Iterator, Mapping
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 
 from lift_cache.errors import BadConfig
 from lift_trainer.distributed import rank, world_size
+
+PATIENCE = timedelta(hours=2)
+"""How long ranks wait for one of them: rank 0 reads the index first, and scores held-out data alone."""
 
 
 @contextlib.contextmanager
@@ -30,7 +34,7 @@ def ranks(device: str) -> Iterator[None]:
     on_gpu = device.startswith("cuda") or (device == "auto" and torch.cuda.is_available())
     if on_gpu:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-    dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo")
+    dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout=PATIENCE)
     try:
         yield
     finally:

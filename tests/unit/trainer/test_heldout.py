@@ -363,9 +363,8 @@ def test_an_evaluator_or_score_that_does_not_exist_is_one_line(world: World) -> 
         ({"best": "accuracy"}, "--best accuracy: there is no such held-out score; there are loss, r@1_image"),
         ({"best": "retrieval/r@1_image_to_text"}, "is a score of --evaluators retrieval: give that too"),
     ):
-        job = prepare(world.config(eval_data=[str(world.shard)], **changes))
         with pytest.raises(BadConfig, match=message):
-            HeldOut.open(job)
+            prepare(world.config(eval_data=[str(world.shard)], **changes))
 
 
 # ------------------------------------------------------------------------------------------ the best step

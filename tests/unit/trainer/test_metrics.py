@@ -222,7 +222,9 @@ def test_a_wandb_that_refuses_is_one_line(
         Metrics(tmp_path, 0, 9, tensorboard=False, wandb="papers")
 
 
-def test_the_real_wandb_takes_it_all_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_real_wandb_takes_it_all_offline(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")
     for start in (0, 2):
@@ -233,4 +235,9 @@ def test_the_real_wandb_takes_it_all_offline(tmp_path: Path, monkeypatch: pytest
     kept = sorted((tmp_path / "wandb").glob("offline-run-*/run-*.wandb"))
     assert len(kept) == 2
     assert {path.name for path in kept} == {f"run-{(tmp_path / 'wandb-id').read_text().strip()}.wandb"}
-    assert all(b"held_out/retrieval/r@10_text_to_image" in path.read_bytes() for path in kept)
+    assert "W&B takes no more" not in capsys.readouterr().err
+    # Written by a process of its own, so given a moment.
+    wanted, end = b"held_out/retrieval/r@10_text_to_image", time.monotonic() + 20
+    while not all(wanted in path.read_bytes() for path in kept) and time.monotonic() < end:
+        time.sleep(0.1)
+    assert [path.read_bytes().count(wanted) > 0 for path in kept] == [True, True]
