@@ -162,7 +162,7 @@ def test_captions_that_the_cache_lacks_can_be_embedded_by_a_running_server(
     train_main([*arguments, *missing])  # the vectors are kept with the run: no server is needed again
     state = json.loads(next((tmp_path / "run" / "checkpoints").glob("step-*/state.json")).read_text())
     assert state["step"] == 3
-    assert state["overlay_digest"]
+    assert state["texts"][0]["overlay_digest"]
 
 
 def test_ctrl_c_in_the_demo_saves_what_was_trained_and_says_how_to_go_on(made: Path, tmp_path: Path) -> None:
