@@ -93,7 +93,7 @@ bench-server: setup  ## the server against vLLM's own and the engine alone; hits
 bench-efficiency: setup  ## what a fixed text encoder saves in FLOPs, memory and time (a quarter of an hour)
 	$(T)/python bench/efficiency.py --out runs/bench-efficiency.json
 
-bench-trainer: setup  ## the trainer's loader, its text vectors, lift beside clip (20 minutes on 2 free cores)
+bench-trainer: setup  ## the trainer's loader, its text vectors, lift beside clip (10 minutes on 2 free cores)
 	$(T)/python bench/trainer.py --out runs/bench-trainer.json
 
 clean:  ## remove runs/ and caches of tools; environments and prepared models stay

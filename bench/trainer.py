@@ -15,8 +15,8 @@ take 2 GB. What is read stays in the page cache: bench/cache.py has what a disk 
             torchvision's RandomResizedCrop over the same tars (which also reads the caption), to uint8 pixels; the
             crop of a PIL image and that of a tensor (pip install webdataset==1.0.2 braceexpand==0.1.7; they are no
             requirement of anything else)
-    joint   a step of the preset lift over one of the preset clip, on the same images with the batch at hand: as
-            they are, with the image tower ViT-B/16; and with ViT-Ti/16 beside a text tower as much smaller
+    joint   a step of the preset lift over one of the preset clip with the batch at hand: ViT-Ti/16 at 224 beside a
+            text tower of a quarter of the preset's width (bench/efficiency.py has ViT-B/16 and the preset's own)
 """
 
 from __future__ import annotations
@@ -25,13 +25,12 @@ import gc
 import io
 import json
 import os
-import platform
 import statistics
 import sys
 import tarfile
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -41,10 +40,10 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: threads tha
 
 import numpy as np
 import torch
-import torchvision
 import yaml
 from cyclopts import App, Parameter
 from PIL import Image
+from reporting import Record, Spread, machine, markdown, rounded
 from torch import nn
 from torch.nn.functional import interpolate
 from torchvision.transforms import InterpolationMode, v2
@@ -63,8 +62,8 @@ from lift_trainer.model import Inputs
 from lift_trainer.optim import build_optimizer
 from lift_trainer.text import TextVectors
 
-Record = dict[str, Any]
 Part = Callable[[Path, bool], Iterator[Record]]
+Pixels = Generator[torch.Tensor, None, None]
 T = TypeVar("T")
 
 CPU = torch.device("cpu")
@@ -264,11 +263,6 @@ def in_turn(arms: Sequence[Callable[[int], T]], budget: float, least: int = 4) -
     return results
 
 
-def spread(values: Sequence[float]) -> dict[str, Any]:
-    low, median, high = np.quantile(values, (0.25, 0.5, 0.75))
-    return {"median": float(median), "quartiles": [float(low), float(high)]}
-
-
 def ratios(above: Sequence[float], below: Sequence[float]) -> list[float]:
     return [a / b for a, b in zip(above, below, strict=True)]
 
@@ -326,17 +320,17 @@ def _text(job: Job, budget: float) -> Record:
     cached, memory = in_turn(arms, budget, least=6)
     steps = [[step for step, _ in side] for side in (cached, memory)]
     gathers = [[gather for _, gather in side] for side in (cached, memory)]
-    whole = spread([ratio - 1 for ratio in ratios(*steps)])
-    share = spread([(a - b) / step for a, b, step in zip(*gathers, steps[1], strict=True)])
+    whole = Spread.of([ratio - 1 for ratio in ratios(*steps)])
+    share = Spread.of([(a - b) / step for a, b, step in zip(*gathers, steps[1], strict=True)])
     return {
         "pairs": len(cached),
         "step s": statistics.median(steps[1]),
         "gather ms": statistics.median(gathers[0]) * 1e3,
         "tensor ms": statistics.median(gathers[1]) * 1e3,
-        "gather, share of the step": share["median"],
-        "its quartiles": share["quartiles"],
-        "whole step, more": whole["median"],
-        "quartiles": whole["quartiles"],
+        "gather, share of the step": share.median,
+        "its quartiles": share.quartiles,
+        "whole step, more": whole.median,
+        "quartiles": whole.quartiles,
     }
 
 
@@ -359,7 +353,7 @@ def loader(work: Path, quick: bool) -> Iterator[Record]:
         job_of(data, "lift", cache=[data.cache(4096)], tower="vit_tiny_patch16_224", batch_size=size)
     )
 
-    def plain(transform: Callable[[Any], Any], workers: int) -> Iterator[torch.Tensor]:
+    def plain(transform: Callable[[Any], Any], workers: int) -> Pixels:
         dataset = (
             webdataset.WebDataset(data.shards, resampled=True, shardshuffle=False)
             .shuffle(1000)
@@ -375,6 +369,7 @@ def loader(work: Path, quick: bool) -> Iterator[Record]:
         def one(number: int) -> float:
             """Images/s, once every worker has brought a batch."""
             at_once, rounds = max(workers, 1), 2 if quick else 5
+            stream: Pixels
             if transform is None:
                 start = number * 100
                 stream = (batch.pixels for batch in ours.stream(start, start + 100, workers, CPU))
@@ -393,7 +388,7 @@ def loader(work: Path, quick: bool) -> Iterator[Record]:
         arms = [arm(workers, None), *(arm(workers, transform) for transform in PLAIN.values())]
         speeds = in_turn(arms, 1 if quick else 55)
         for name, speed in zip(PLAIN, speeds[1:], strict=True):
-            ratio = spread(ratios(speeds[0], speed))
+            ratio = Spread.of(ratios(speeds[0], speed))
             yield {
                 "workers": workers,
                 "against": f"webdataset {webdataset.__version__}, {name}",
@@ -401,8 +396,8 @@ def loader(work: Path, quick: bool) -> Iterator[Record]:
                 "rounds": len(speed),
                 "ours, images/s": statistics.median(speeds[0]),
                 "plain, images/s": statistics.median(speed),
-                "ratio": ratio["median"],
-                "quartiles": ratio["quartiles"],
+                "ratio": ratio.median,
+                "quartiles": ratio.quartiles,
                 "asked": 1.0,
             }
 
@@ -411,46 +406,37 @@ def _first_caption(record: dict[str, list[str]]) -> str:
     return record["captions"][0]
 
 
-TEXT_TOWERS = {
-    "vit_base_patch16_clip_224": (512, "context=77,width=512,depth=12,heads=8", 16),
-    # A quarter of the width, as of the image tower: 192 to 768, so 128 to 512.
-    "vit_tiny_patch16_224": (128, "context=77,width=128,depth=12,heads=2", 64),
-}
-
-
 def joint(work: Path, quick: bool) -> Iterator[Record]:
     data = Data(work / "data", 100, 500, 375, captions=5).write(4096, 384)
-    towers = dict(list(TEXT_TOWERS.items())[1 if quick else 0 :])
-    for tower, (width, shape, size) in towers.items():
-        common = {"tower": tower, "batch_size": 4 if quick else size}
-        clip = Training(job_of(data, "clip", **common, dimensions=width, text_shape=shape))
-        for dimensions in (4096, 384):
-            lift = Training(job_of(data, "lift", **common, cache=[data.cache(dimensions)]))
-            both = [
-                (training, next(batches_of(training.job).stream(0, 1, 0, CPU))) for training in (lift, clip)
-            ]
-            assert torch.equal(both[0][1].pixels, both[1][1].pixels)
+    common = {"tower": "vit_tiny_patch16_224", "batch_size": 4 if quick else 32}
+    # A quarter of the preset's width, as the image tower's 192 is of ViT-B/16's 768.
+    shape = "context=77,width=128,depth=12,heads=2"
+    clip = Training(job_of(data, "clip", **common, dimensions=128, text_shape=shape))
+    for dimensions in (4096, 384):
+        lift = Training(job_of(data, "lift", **common, cache=[data.cache(dimensions)]))
+        of_lift, of_clip = (next(batches_of(training.job).stream(0, 1, 0, CPU)) for training in (lift, clip))
+        assert torch.equal(of_lift.pixels, of_clip.pixels)
 
-            def arm(training: Training, batch: Batch) -> Callable[[int], float]:
-                return lambda number: clocked(lambda: training.step(batch))[0]
+        def arm(training: Training, batch: Batch) -> Callable[[int], float]:
+            return lambda number: clocked(lambda: training.step(batch))[0]
 
-            arms = [arm(*one) for one in both]
-            in_turn(arms, 0, least=1)  # first steps allocate
-            steps = in_turn(arms, 1 if quick else 35, least=5)
-            ratio = spread(ratios(*steps))
-            yield {
-                "tower": tower,
-                "text tower of clip": shape,
-                "width of lift": dimensions,
-                "batch": common["batch_size"],
-                "pairs": len(steps[0]),
-                "lift, parameters": _trained(lift),
-                "clip, parameters": _trained(clip),
-                "lift s": statistics.median(steps[0]),
-                "clip s": statistics.median(steps[1]),
-                "lift over clip": ratio["median"],
-                "quartiles": ratio["quartiles"],
-            }
+        arms = [arm(lift, of_lift), arm(clip, of_clip)]
+        in_turn(arms, 0, least=1)  # first steps allocate
+        steps = in_turn(arms, 1 if quick else 45, least=5)
+        ratio = Spread.of(ratios(*steps))
+        yield {
+            "tower": common["tower"],
+            "text tower of clip": shape,
+            "width of lift": dimensions,
+            "batch": common["batch_size"],
+            "pairs": len(steps[0]),
+            "lift, parameters": _trained(lift),
+            "clip, parameters": _trained(clip),
+            "lift s": statistics.median(steps[0]),
+            "clip s": statistics.median(steps[1]),
+            "lift over clip": ratio.median,
+            "quartiles": ratio.quartiles,
+        }
 
 
 def _trained(training: Training) -> int:
@@ -497,9 +483,10 @@ def main(
             began = time.perf_counter()
             for record in PARTS[name](place, quick):
                 records.append(record)
-                print(name, json.dumps(_rounded(record)), flush=True)
+                print(name, json.dumps(rounded(record)), flush=True)
             parts[name] = {
-                "machine": _machine(),
+                "machine": machine("torch", "torchvision", "pillow", "webdataset"),
+                "threads": torch.get_num_threads(),
                 "quick": quick,
                 "load": [before, os.getloadavg()[0]],
                 "seconds": round(time.perf_counter() - began, 1),
@@ -508,46 +495,8 @@ def main(
             if out is not None:
                 report = {"parts": {part: parts[part] for part in PARTS if part in parts}}
                 write_atomic(out, (json.dumps(report, indent=1) + "\n").encode())
-    for name in only:
-        print(f"\n{_table(name, parts[name]['rows'])}")
-
-
-def _machine() -> Record:
-    model = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
-    return {
-        "cpu": model[0].split(":")[1].strip() if model else platform.machine(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "torchvision": torchvision.__version__,
-        "pillow": Image.__version__,
-    }
-
-
-def _rounded(record: Record) -> Record:
-    def short(value: Any) -> Any:
-        if isinstance(value, list):
-            return [short(one) for one in value]
-        return float(f"{value:.4g}") if isinstance(value, float) else value
-
-    return {name: short(value) for name, value in record.items()}
-
-
-def _table(name: str, records: list[Record]) -> str:
-    columns = list(dict.fromkeys(column for record in records for column in record))
-    lines = [f"### {name}", "", "| " + " | ".join(columns) + " |", "|" + " --- |" * len(columns)]
-    for record in records:
-        lines.append("| " + " | ".join(_said(record.get(column)) for column in columns) + " |")
-    return "\n".join(lines) + "\n"
-
-
-def _said(value: Any) -> str:
-    if isinstance(value, list):
-        return " … ".join(map(_said, value))
-    if isinstance(value, float):
-        return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
-    return f"{value:,}" if isinstance(value, int) else str("" if value is None else value)
+    print()
+    print(markdown({name: parts[name]["rows"] for name in only}))
 
 
 if __name__ == "__main__":
