@@ -1,0 +1,111 @@
+"""What an evaluation says, in a form in which two of them can be compared item by item.
+
+A score is a mean over items (or over the means of groups of items, such as classes or tasks), and every item belongs
+to an image. Intervals come from resampling images, differences of two encoders from pairing their items.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from lift_cache.errors import BadSource
+from lift_cache.files import write_atomic
+
+VERSION = 1
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Subject(_Frozen):
+    """Whose result it is."""
+
+    name: str
+    checkpoint: str
+    step: int | None = None
+    snapshot: str | None = None
+    recipe: str | None = None
+    """Fingerprint."""
+    text_control: str = "none"
+    text_transform: str = "none"
+
+
+class Items(_Frozen):
+    """Every item of a score; lists of one length n."""
+
+    image: tuple[int, ...]
+    """Number of the image that the item is about: what intervals resample."""
+    value: tuple[float, ...]
+    """1.0 where the item was right, 0.0 where not, unless the score says otherwise."""
+    group: tuple[int, ...] | None = None
+    """Where the score is the unweighted mean over groups' means."""
+
+
+class Score(_Frozen):
+    value: float
+    items: int
+    chance: float | None = None
+    low: float | None = None
+    high: float | None = None
+    """95 % interval, images resampled."""
+    blind: float | None = None
+    """The same choices made for the mean training image instead of each image."""
+
+
+class Result(_Frozen):
+    """Content of `eval/TASK-NAME.json`."""
+
+    version: int = VERSION
+    task: str
+    protocol: str
+    """Which rules of the task: part of every score, and never mixed in one column."""
+    name: str
+    """Of the data, for people."""
+    data: str
+    """Digest of the items in their order: only results on equal items are paired."""
+    subject: Subject
+    scores: dict[str, Score]
+    items: dict[str, Items]
+    """By score; derived scores may have none."""
+    left_out: dict[str, str] = {}
+    """Image or row → why."""
+    details: dict[str, Any] = {}
+    """What only this task knows: ties, gallery, distances."""
+
+    def write(self, directory: Path) -> Path:
+        """Write `DIRECTORY/TASK-NAME.json`. Raises CacheFull, StorageFailed."""
+        directory.mkdir(parents=True, exist_ok=True)
+        path = directory / f"{self.task}-{self.name}.json"
+        write_atomic(path, (self.model_dump_json() + "\n").encode())
+        return path
+
+    @classmethod
+    def read(cls, path: Path) -> Result:
+        """Raises BadSource: no such file, torn, of another version."""
+        try:
+            return cls.model_validate(json.loads(path.read_bytes()))
+        except OSError as error:
+            raise BadSource(f"{path}: {error.strerror or error}") from None
+        except ValidationError as error:
+            first = error.errors()[0]
+            field = ".".join(str(part) for part in first["loc"])
+            raise BadSource(f"{path}: {field}: {first['msg']}; evaluate again with this version") from None
+        except (ValueError, RecursionError):
+            raise BadSource(f"{path}: not JSON; evaluate again") from None
+
+
+def mean(items: Items) -> float:
+    """The score of some items. NaN without any."""
+    value = np.array(items.value)
+    if not len(value):
+        return float("nan")
+    if items.group is None:
+        return float(value.mean())
+    group = np.array(items.group)
+    return float(np.mean([value[group == g].mean() for g in np.unique(group)]))
