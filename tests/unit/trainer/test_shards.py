@@ -111,6 +111,14 @@ def bucket(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Bucket]:
         cached.cache_clear()
 
 
+@pytest.fixture(autouse=True)
+def room(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Bytes that the disk has left, whatever is on the one that the tests run on."""
+    left = [1 << 60]
+    monkeypatch.setattr(shards, "free_bytes", lambda path: left[0])
+    return left
+
+
 def fill(root: Path, tars: int = 3, samples: int = 8) -> list[Path]:
     return [
         write_tar(
@@ -199,6 +207,17 @@ def test_the_directory_stays_within_its_bytes_and_keeps_what_was_used_last(tmp_p
     for number in range(29, 24, -1):
         piece(f"b{number:03d}")
     assert not fetched
+
+
+def test_a_disk_with_little_left_gets_no_pieces_and_the_data_are_used_all_the_same(
+    tmp_path: Path, room: list[int]
+) -> None:
+    pieces = PieceCache(tmp_path / "pieces", budget=8 * PIECE)
+    pieces._step = PIECE
+    assert pieces.read("one", lambda: b"1" * PIECE, 5, 3) == b"111"
+    room[0] = 0
+    assert pieces.read("two", lambda: b"2" * PIECE, 5, 3) == b"222"
+    assert not [path for path in (tmp_path / "pieces").iterdir() if path.is_file()]
 
 
 def _read_many(directory: Path, log: Path, seed: int) -> None:
