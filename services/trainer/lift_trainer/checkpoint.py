@@ -71,6 +71,11 @@ class Checkpoint:
         return tuple(TextTransform.load(self.path / transform_file(n)) for n in range(len(self.state.texts)))
 
 
+def checkpoint_path(run: Path, step: int) -> Path:
+    """Where the checkpoint after a step is, or will be."""
+    return run / "checkpoints" / f"step-{step:06d}"
+
+
 def save_checkpoint(
     run: Path,
     state: State,
@@ -93,7 +98,7 @@ def save_checkpoint(
     directory = run / "checkpoints"
     make_directory(directory)
     remove_temporaries(directory)
-    final = directory / f"step-{state.step:06d}"
+    final = checkpoint_path(run, state.step)
     temporary = temporary_name(final)
     with room_for(directory):
         temporary.mkdir()

@@ -28,6 +28,7 @@ from lift_cache.errors import BadConfig, BadSource, CacheDamaged
 from lift_cache.files import write_atomic
 from lift_trainer.distributed import alone
 from lift_trainer.images import GIB, BadImage, ImageStore, center_view
+from lift_trainer.model import transformed
 from lift_trainer.rejects import Rejects
 from lift_trainer.samples import Index, build_index
 from lift_trainer.sampling import CAPTION, ORDER, permutation, uniform
@@ -280,15 +281,13 @@ class HeldOut:
         y_ucd = y_u if y_u.ndim == 3 else y_u[:, None]
         return Encoded(self.index, readable, captions, torch.cat(vectors), y_ucd)
 
-    def _stored(self, captions: np.ndarray) -> list[torch.Tensor]:
+    def _stored(self, captions: np.ndarray) -> tuple[torch.Tensor, ...]:
         """Per cache: unit vectors, float32 [k, W], through the transform; or tokens, int64 [k, L]."""
         stored = [
             torch.from_numpy(np.ascontiguousarray(text.gather(captions))).to(self.device)
             for text in self.texts
         ]
-        if not self.transforms:
-            return stored
-        return [transform(text) for transform, text in zip(self.transforms, stored, strict=True)]
+        return transformed(stored, self.transforms)
 
     def _inputs(self, model: LiftModel) -> Iterator[tuple[np.ndarray, torch.Tensor]]:
         """(samples int64 [k], what `encode_images` takes of them), without broken images.

@@ -27,7 +27,7 @@ from torch.nn.parallel import DistributedDataParallel
 from lift_cache.errors import CacheLocked, LiftError, ServerUnavailable
 from lift_cache.files import write_atomic
 from lift_trainer.batches import Batches, WorkerDied
-from lift_trainer.checkpoint import Checkpoint, latest_name, save_checkpoint
+from lift_trainer.checkpoint import Checkpoint, checkpoint_path, latest_name, save_checkpoint
 from lift_trainer.config import TrainConfig
 from lift_trainer.distributed import rank, world_size
 from lift_trainer.features import FeatureStore, keep_features
@@ -204,7 +204,7 @@ def _train(job: Job) -> Outcome:
             if improved or last or step % config.checkpoint_every == 0:
                 checkpoint = save()
                 if last:
-                    return Outcome(step, schedule.total, _path_of(config.run, step), stop.signal)
+                    return Outcome(step, schedule.total, checkpoint_path(config.run, step), stop.signal)
 
 
 def _features(job: Job, images: ImageStore) -> FeatureStore | None:
@@ -244,7 +244,7 @@ class _Watched:
         """Whether the step is the best so far; then its checkpoint comes next."""
         scores = self.data.scores(model)
         metrics.held_out(step, scores)
-        return self.best.note(step, scores, _path_of(self.run, step))
+        return self.best.note(step, scores, checkpoint_path(self.run, step))
 
 
 def backward_of(config: TrainConfig, model: LiftModel) -> Callable[[Inputs], LossValue]:
@@ -289,10 +289,6 @@ def _in_two_passes(model: LiftModel, chunk: int, bf16: bool, inputs: Inputs) -> 
 def _dropout_seed(seed: int, step: int) -> int:
     """Ranks must not drop the same units."""
     return torch_seed(seed, step) if rank() == 0 else torch_seed(seed, step, rank())
-
-
-def _path_of(run: Path, step: int) -> Path:
-    return run / "checkpoints" / f"step-{step:06d}"
 
 
 def _require_finite(loss: float, grad_norm: float, step: int, checkpoint: Checkpoint | None) -> None:

@@ -191,43 +191,6 @@ class TextOrigin:
     """Digest of the vectors that came from the embedder."""
 
 
-def open_text(
-    index: Index,
-    *,
-    cache: str | None,
-    control: Control = "none",
-    on_missing: OnMissing = "error",
-    server: str | None = None,
-    overlay: Path,
-    seed: int = 0,
-) -> tuple[TextVectors, Index, TextOrigin]:
-    """Join an index to its text vectors.
-
-    Args:
-        overlay: file that keeps what `on_missing="embed"` fetches.
-
-    Returns:
-        The vectors, the index (smaller under `on_missing="skip"`), and their origin.
-
-    Raises:
-        MissingCaptions: the snapshot lacks captions, and they were not to be skipped or embedded.
-        RecipeMismatch, EncodingMismatch: the embedder makes other vectors than the cache holds.
-        BadSource: the overlay is of another recipe or cache.
-        CacheNotFound, CacheDamaged, CacheFull, UnsupportedFormat, ServerUnavailable.
-    """
-    assert cache is not None or control == "ngram-hash", "a configuration without a cache is for ngram-hash"
-    texts, index, origins = open_texts(
-        index,
-        caches=[cache] if cache is not None else [],
-        control=control,
-        on_missing=on_missing,
-        server=server,
-        overlay=overlay,
-        seed=seed,
-    )
-    return texts[0], index, origins[0]
-
-
 def open_texts(
     index: Index,
     *,
@@ -250,7 +213,10 @@ def open_texts(
         Per cache its vectors and their origin, all of one index, which is smaller under `on_missing="skip"`.
 
     Raises:
-        As `open_text`.
+        MissingCaptions: the snapshot lacks captions, and they were not to be skipped or embedded.
+        RecipeMismatch, EncodingMismatch: the embedder makes other vectors than the cache holds.
+        BadSource: the overlay is of another recipe or cache.
+        CacheNotFound, CacheDamaged, CacheFull, UnsupportedFormat, ServerUnavailable.
     """
     if control == "ngram-hash":
         hashed = HashedText.of(index.captions)

@@ -8,6 +8,7 @@ import tarfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,6 +19,8 @@ from lift_cache.bulk import write_cache
 from lift_cache.encoding import Encoding
 from lift_cache.recipe import Recipe
 from lift_trainer.config import TrainConfig
+from lift_trainer.samples import Index
+from lift_trainer.text import TextOrigin, TextVectors, open_texts
 
 SIDE = 16
 
@@ -44,6 +47,12 @@ def write_tar(path: Path, samples: Sequence[tuple[str, bytes | None, object]]) -
                 info.size = len(data)
                 tar.addfile(info, io.BytesIO(data))
     return path
+
+
+def open_text(index: Index, *, cache: str | None, **options: Any) -> tuple[TextVectors, Index, TextOrigin]:
+    """`open_texts` with one cache, or none for a control without one."""
+    texts, index, origins = open_texts(index, caches=[cache] if cache is not None else [], **options)
+    return texts[0], index, origins[0]
 
 
 @dataclass(frozen=True)

@@ -24,9 +24,8 @@ from lift_trainer.images import ImageStore
 from lift_trainer.rejects import Rejects
 from lift_trainer.samples import Index, build_index
 from lift_trainer.sampling import Captions, Sampler
-from lift_trainer.text import open_text
 from lift_trainer.transform import fit_transform
-from tests.unit.trainer.conftest import World, png, write_tar
+from tests.unit.trainer.conftest import World, open_text, png, write_tar
 
 
 @pytest.fixture

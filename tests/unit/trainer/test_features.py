@@ -19,9 +19,9 @@ from lift_trainer.images import ImageStore, center_view
 from lift_trainer.rejects import Rejects
 from lift_trainer.samples import Index, build_index
 from lift_trainer.sampling import Sampler
-from lift_trainer.text import TextVectors, open_text
+from lift_trainer.text import TextVectors
 from lift_trainer.towers import ImageTower, build_tower
-from tests.unit.trainer.conftest import SIDE, TOWER, World, png, write_tar
+from tests.unit.trainer.conftest import SIDE, TOWER, World, open_text, png, write_tar
 
 CPU = torch.device("cpu")
 

@@ -20,9 +20,9 @@ from lift_cache.errors import BadCaption, BadSource, MissingCaptions, RecipeMism
 from lift_cache.recipe import Recipe
 from lift_trainer.rejects import Rejects
 from lift_trainer.samples import Index, build_index
-from lift_trainer.text import HashedText, TokenText, open_text, open_texts
+from lift_trainer.text import HashedText, TokenText, open_texts
 from lift_trainer.text_towers import Tokenizer
-from tests.unit.trainer.conftest import World, png, write_tar
+from tests.unit.trainer.conftest import World, open_text, png, write_tar
 
 
 @pytest.fixture
