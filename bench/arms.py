@@ -16,6 +16,8 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: threads tha
 
 from lift_cache.files import write_atomic
 from lift_trainer.config import TrainConfig
+from lift_trainer.evaluators.protocol import Encoder
+from lift_trainer.evaluators.shapes import TASKS, open_shapes
 from lift_trainer.job import prepare
 from lift_trainer.loop import train
 
@@ -66,3 +68,9 @@ def run_arm(
     result.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(result, (json.dumps(scores, indent=1) + "\n").encode())
     return scores
+
+
+def shapes_accuracy(encoder: Encoder, data: Path, split: str) -> dict[str, float]:
+    """Two-way accuracy by task on one split of what `lift-data shapes` wrote."""
+    scores = open_shapes([str(data / f"{split}-*.tar")], split).evaluate(encoder).scores
+    return {task: scores[task].value for task in TASKS}

@@ -20,13 +20,13 @@ import sys
 from pathlib import Path
 from typing import Annotated, Any
 
-from arms import Interval, run_arm
+from arms import Interval, run_arm, shapes_accuracy
 from cyclopts import App, Parameter
 
 from lift_cache.errors import LiftError
 from lift_cache.files import write_atomic
-from lift_trainer.evaluation import TrainedRun
-from lift_trainer.hard_negatives import TASKS, evaluate_hard_negatives
+from lift_trainer.evaluators.shapes import TASKS
+from lift_trainer.evaluators.trained import TrainedRun
 
 CHOICES = ("learned:0.02", "learned:width^-0.5", "learned:0.5", "sincos", "sincos:0.02")
 SPLITS = ("test", "unseen")
@@ -79,13 +79,7 @@ def main(
 
     def evaluate(run: Path) -> dict[str, Any]:
         trained = TrainedRun.open(run)
-        return {
-            split: {
-                task: score.accuracy
-                for task, score in evaluate_hard_negatives(trained, [str(data / f"{split}-*.tar")]).items()
-            }
-            for split in SPLITS
-        }
+        return {split: shapes_accuracy(trained, data, split) for split in SPLITS}
 
     results: dict[str, list[dict[str, Any]]] = {choice: [] for choice in choices}
     for seed in range(seeds):

@@ -40,14 +40,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-from arms import Interval, run_arm
+from arms import Interval, run_arm, shapes_accuracy
 from cyclopts import App, Parameter
 
 from lift_cache.errors import BadConfig, LiftError
 from lift_cache.files import write_atomic
 from lift_trainer.config import TransformSpec
-from lift_trainer.evaluation import TrainedRun
-from lift_trainer.hard_negatives import TASKS, evaluate_hard_negatives
+from lift_trainer.evaluators.shapes import TASKS
+from lift_trainer.evaluators.trained import TrainedRun
 
 # Half and nine tenths of the way from whitening to centring: the leading direction of SmolLM2's captions then
 # has 2 and 10 times the variance of the 28th, between 1 (whitened) and 165 (centred).
@@ -208,15 +208,7 @@ def _train(run: Run, out: Path, steps: int) -> dict[str, Any]:
 
     def evaluate(trained_in: Path) -> dict[str, Any]:
         trained = TrainedRun.open(trained_in)
-        return {
-            split: {
-                task: score.accuracy
-                for task, score in evaluate_hard_negatives(
-                    trained, [str(run.data / f"{split}-*.tar")]
-                ).items()
-            }
-            for split in SPLITS
-        }
+        return {split: shapes_accuracy(trained, run.data, split) for split in SPLITS}
 
     return run_arm(out, run.name, config, evaluate)
 

@@ -20,7 +20,8 @@ import torch
 
 from lift_cache.errors import BadConfig
 from lift_cache.files import write_atomic
-from lift_trainer.evaluation import TrainedRun, embed_index
+from lift_trainer.evaluators.images import encode
+from lift_trainer.evaluators.trained import TrainedRun
 from lift_trainer.rejects import Rejects
 from lift_trainer.samples import Index, build_index
 from lift_trainer.sampling import GALLERY, permutation
@@ -158,15 +159,14 @@ def evaluate_retrieval(
     """
     if name is not None and not re.fullmatch(r"[\w.-]+", name):
         raise BadConfig(f"--name {name!r} becomes part of a file name; use letters, digits, . _ and - only")
-    trained = TrainedRun.open(run, device)
+    trained = TrainedRun.open(run, device, cache=cache, server=server, batch_size=batch_size)
     state = trained.checkpoint.state
     rejects = Rejects(max_bad)
     index = build_index(data, rejects, caption_fields=caption_field, images=images, image_field=image_field)
-    text, snapshot = trained.open_text(index, cache=cache, server=server)
-    x_nd, kept = embed_index(trained, index, rejects, batch_size)
+    x_nd, kept = encode(index, trained, rejects)
     index = index.take(kept)
     used, pairs = np.unique(index.pairs, return_inverse=True)
-    y_ud = trained.embed_texts(text, used)
+    y_ud = trained.embed_texts([*index.captions.take(used)])
     image_of_pair = np.repeat(np.arange(len(index)), np.diff(index.first))
     truth = np.unique(np.stack([image_of_pair, pairs]), axis=1)
     ranks = rank(x_nd, y_ud, truth)
@@ -186,7 +186,7 @@ def evaluate_retrieval(
         left_out=rejects.named,
         checkpoint=str(trained.checkpoint.path),
         step=state.step,
-        snapshot=snapshot,
+        snapshot=trained.subject.snapshot,
         recipe=state.recipe.fingerprint if state.recipe else None,
         text_control=state.config.text_control,
         text_transform=str(trained.transform.spec) if trained.transform else "none",

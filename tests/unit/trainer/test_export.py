@@ -24,7 +24,7 @@ from lift_cache.errors import BadConfig, LiftError
 from lift_cache.recipe import Recipe
 from lift_trainer.cli import eval_main, export_main, train_main
 from lift_trainer.config import TextShape, TransformSpec
-from lift_trainer.evaluation import TrainedRun
+from lift_trainer.evaluators.trained import TrainedRun
 from lift_trainer.export import exporting
 from lift_trainer.export.exporting import LAYOUTS, LayoutName, export
 from lift_trainer.export.source import Source, TextSide, source_of
@@ -122,7 +122,7 @@ def test_the_code_on_the_card_gives_the_runs_own_vectors(
     names: dict[str, Any] = {"image": image}
     with torch.inference_mode():
         exec(code[0].replace("FOLDER", str(out)), names)
-        expected = TrainedRun.open(run, "cpu").embed_images([decode(png(7), 10**6)])
+        expected = TrainedRun.open(run, "cpu").embed_images(decode(png(7), 10**6)[None])
     found = torch.as_tensor(names["vectors"])
     assert (found - expected).abs().max() < (1e-4 if to == "onnx" else 1e-5)
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 
 from lift_cache.errors import BadSource
-from lift_trainer.evaluation import TrainedRun
-from lift_trainer.hard_negatives import evaluate_hard_negatives
+from lift_trainer.evaluators.result import Result
+from lift_trainer.evaluators.shapes import open_shapes
+from lift_trainer.evaluators.trained import TrainedRun
 from lift_trainer.job import prepare
 from lift_trainer.loop import train
 from tests.unit.trainer.conftest import World, png, write_tar
@@ -35,12 +36,21 @@ def test_a_trained_tower_prefers_its_captions_and_a_tie_is_wrong(world: World, t
     ]
     samples.append(("plain", png(0), {"captions": ["drawing number 0"]}))
     shard = write_tar(world.root / "negatives.tar", samples)
-    scores = evaluate_hard_negatives(trained, [str(shard)])
-    assert scores["swap_obj"].accuracy > 0.8
-    assert scores["swap_att"].accuracy == 0.0
-    assert {score.items for score in scores.values()} == {28}
+    result = open_shapes([str(shard)], "test").evaluate(trained)
+    scores = result.scores
+    assert scores["swap_obj"].value > 0.8
+    assert scores["swap_att"].value == 0.0
+    assert {name: score.items for name, score in scores.items()} == {
+        "swap_att": 28,
+        "swap_obj": 28,
+        "mean": 56,
+        "item_mean": 56,
+    }
+    assert result.details["ties"]["swap_att"] == result.details["equal_captions"]["swap_att"] == 28
+    assert scores["swap_att"].blind == 0.0 and scores["swap_obj"].blind is not None
+    assert Result.read(result.write(world.root / "run" / "eval")) == result
 
 
-def test_shards_without_negatives_are_refused(world: World, trained: TrainedRun) -> None:
+def test_shards_without_negatives_are_refused(world: World) -> None:
     with pytest.raises(BadSource, match="no sample has negatives"):
-        evaluate_hard_negatives(trained, [str(world.shard)])
+        open_shapes([str(world.shard)], "test")

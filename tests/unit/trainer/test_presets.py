@@ -19,12 +19,11 @@ from lift_cache.errors import BadConfig, MissingCaptions
 from lift_trainer.commands import presets
 from lift_trainer.commands import train as lift_train
 from lift_trainer.config import TrainConfig
-from lift_trainer.evaluation import TrainedRun
+from lift_trainer.evaluators.trained import TrainedRun
 from lift_trainer.job import prepare
 from lift_trainer.loop import Outcome, train
 from lift_trainer.metrics import Metrics
 from lift_trainer.optim import CosineSchedule
-from lift_trainer.samples import captions_only
 from tests.unit.trainer.conftest import World
 
 pytestmark = pytest.mark.slow
@@ -124,9 +123,8 @@ def test_a_preset_trains_stops_and_goes_on_bit_equal_and_can_be_evaluated(
     assert expected.keys() == found.keys()
     assert all(torch.equal(expected[key], found[key]) for key in expected)
     trained = TrainedRun.open(world.root / "whole", "cpu")
-    text, _ = trained.open_text(captions_only(world.captions[:3]))
-    y_nd = trained.embed_texts(text, torch.arange(3).numpy())
-    x_nd = trained.embed_images([torch.zeros(3, SIDE, SIDE, dtype=torch.uint8)])
+    y_nd = trained.embed_texts(world.captions[:3])
+    x_nd = trained.embed_images(torch.zeros(1, 3, SIDE, SIDE, dtype=torch.uint8))
     assert y_nd.shape == (3, x_nd.shape[1])
     assert y_nd.norm(dim=1) == pytest.approx(torch.ones(3), abs=1e-4)
 

@@ -13,7 +13,7 @@ from lift_cache.bulk import write_cache
 from lift_cache.encoding import Encoding
 from lift_cache.errors import BadConfig, LiftError, MissingCaptions, RecipeMismatch
 from lift_trainer.checkpoint import Checkpoint
-from lift_trainer.evaluation import TrainedRun
+from lift_trainer.evaluators.trained import TrainedRun
 from lift_trainer.job import prepare
 from lift_trainer.loop import train
 from lift_trainer.retrieval import chance_recall, evaluate_retrieval, rank, recall

@@ -17,26 +17,37 @@ from lift_trainer.evaluators.result import Result, Subject
 class Encoder(Protocol):
     """A checkpoint opened for evaluation; both sides end in one space of width D."""
 
-    image_size: int
-    """Pixels: images are brought to their central view of S × S."""
+    @property
+    def image_size(self) -> int:
+        """Pixels: images are brought to their central view of S × S."""
+        ...
 
-    max_pixels: int
-    """Images of more pixels are left out as broken."""
+    @property
+    def max_pixels(self) -> int:
+        """Images of more pixels are left out as broken."""
+        ...
+
+    @property
+    def batch_size(self) -> int:
+        """Images at a time; it changes no score."""
+        ...
 
     @property
     def subject(self) -> Subject:
         """What stands in the head of every result."""
+        ...
 
-    def embed_images(self, views: Sequence[torch.Tensor]) -> torch.Tensor:
-        """Central views, uint8 [3, S, S] each → unit vectors, float32 [n, D]. Raises LiftError: not finite."""
+    def embed_images(self, views_n3ss: torch.Tensor) -> torch.Tensor:
+        """Central views, uint8 [n, 3, S, S] → unit vectors, float32 [n, D]. Raises LiftError: not finite."""
 
-    def features(self, views: Sequence[torch.Tensor]) -> torch.Tensor:
+    def features(self, views_n3ss: torch.Tensor) -> torch.Tensor:
         """The same views → states before the head, float32 [n, W], as probes take them. Raises LiftError."""
 
     def embed_texts(self, captions: Sequence[str]) -> torch.Tensor:
         """Captions → unit vectors, float32 [n, D]: embedded or looked up, transformed, as in training.
 
         Raises:
+            BadCaption: one is empty.
             MissingCaptions: the cache lacks some, and no server was given.
             RecipeMismatch: cache or server make other vectors than the training had (which field).
             LiftError: not finite.
@@ -52,7 +63,18 @@ class Encoder(Protocol):
 class Evaluator(Protocol):
     """One task on one set of data."""
 
-    task: str
+    @property
+    def task(self) -> str: ...
+
+    @property
+    def protocol(self) -> str:
+        """Which rules of the task."""
+        ...
+
+    @property
+    def name(self) -> str:
+        """Of the data."""
+        ...
 
     def evaluate(self, encoder: Encoder) -> Result:
         """Raises LiftError: data that cannot be used, an encoder that cannot answer."""

@@ -7,6 +7,7 @@ to an image. Intervals come from resampling images, differences of two encoders 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +60,7 @@ class Score(_Frozen):
 
 
 class Result(_Frozen):
-    """Content of `eval/TASK-NAME.json`."""
+    """Content of `eval/TASK-NAME-PROTOCOL.json`."""
 
     version: int = VERSION
     task: str
@@ -79,9 +80,9 @@ class Result(_Frozen):
     """What only this task knows: ties, gallery, distances."""
 
     def write(self, directory: Path) -> Path:
-        """Write `DIRECTORY/TASK-NAME.json`. Raises CacheFull, StorageFailed."""
+        """Write `DIRECTORY/TASK-NAME-PROTOCOL.json`. Raises CacheFull, StorageFailed."""
         directory.mkdir(parents=True, exist_ok=True)
-        path = directory / f"{self.task}-{self.name}.json"
+        path = directory / f"{self.task}-{self.name}-{self.protocol}.json"
         write_atomic(path, (self.model_dump_json() + "\n").encode())
         return path
 
@@ -109,3 +110,21 @@ def mean(items: Items) -> float:
         return float(value.mean())
     group = np.array(items.group)
     return float(np.mean([value[group == g].mean() for g in np.unique(group)]))
+
+
+def scored(
+    items: Mapping[str, Items],
+    *,
+    chance: Mapping[str, float] | None = None,
+    blind: Mapping[str, float] | None = None,
+) -> dict[str, Score]:
+    """The scores of items, by name, with what is known beside them."""
+    return {
+        name: Score(
+            value=mean(some),
+            items=len(some.value),
+            chance=(chance or {}).get(name),
+            blind=(blind or {}).get(name),
+        )
+        for name, some in items.items()
+    }

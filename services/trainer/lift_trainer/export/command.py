@@ -10,7 +10,7 @@ from typing import Annotated
 from cyclopts import App, Parameter
 
 from lift_cache.terminal import run_command
-from lift_trainer.evaluation import TrainedRun
+from lift_trainer.evaluators.trained import TrainedRun
 from lift_trainer.export.exporting import LayoutName, export
 from lift_trainer.export.source import source_of
 

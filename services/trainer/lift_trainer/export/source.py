@@ -12,7 +12,7 @@ from torch import nn
 
 from lift_cache.recipe import Recipe
 from lift_trainer.config import RESUMABLE, HeadName, ViTShape
-from lift_trainer.evaluation import TrainedRun
+from lift_trainer.evaluators.trained import TrainedRun
 from lift_trainer.heads import GatedHead, LinearHead, MLPHead, NoHead, ShareLockHead
 from lift_trainer.text_towers import CachedTextTower, ClipTextTower
 from lift_trainer.towers import ImageTower

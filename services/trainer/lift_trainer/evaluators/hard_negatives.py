@@ -1,0 +1,135 @@
+"""Two-way choices: does an image prefer its caption to a caption that differs in one thing?
+
+    image → x    caption → y    its false twin → y′    right where x·y > x·y′
+
+In float32 on unit vectors, and strictly: a tie is wrong. Chance is one half. Beside each score stands the blind one,
+with the mean of the training images in the place of every image: what the captions give away by themselves.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from lift_cache.errors import BadSource
+from lift_cache.keys import caption_keys
+from lift_trainer.evaluators.images import Images, encode
+from lift_trainer.evaluators.protocol import Encoder
+from lift_trainer.evaluators.result import Items, Result, mean, scored
+from lift_trainer.rejects import Rejects
+
+NEAR = 1e-5
+"""Difference of two cosines that another batch size or device could turn around."""
+
+
+class Choice(NamedTuple):
+    """One item."""
+
+    image: int
+    caption: str
+    negative: str
+
+
+@dataclass(frozen=True)
+class HardNegatives:
+    """Items by task: the score of all is the unweighted mean of the tasks'."""
+
+    task: str
+    name: str
+    images: Images
+    names: Sequence[str]
+    """Of each image, wherever it lies."""
+    choices: Mapping[str, Sequence[Choice]]
+    max_bad: int = 0
+    left_out: Mapping[str, str] | None = None
+    """What could not be used of the data, before any image was read."""
+    protocol: str = "two-way"
+
+    def evaluate(self, encoder: Encoder) -> Result:
+        rejects = Rejects(self.max_bad)
+        rejects.named.update(self.left_out or {})
+        x_nd, kept = encode(self.images, encoder, rejects)
+        place = np.full(len(self.images), -1)
+        place[kept] = np.arange(len(kept))
+        chosen = {
+            task: [choice for choice in choices if place[choice.image] >= 0]
+            for task, choices in self.choices.items()
+        }
+        flat = [choice for choices in chosen.values() for choice in choices]
+        if not flat:
+            raise BadSource(f"{self.name}: no item is left")
+        texts = [*dict.fromkeys(text for _, *pair in flat for text in pair)]
+        number = {text: i for i, text in enumerate(texts)}
+        y_ud = encoder.embed_texts(texts)
+        image = np.array([choice.image for choice in flat])
+        own = torch.tensor([number[choice.caption] for choice in flat], device=x_nd.device)
+        other = torch.tensor([number[choice.negative] for choice in flat], device=x_nd.device)
+        margin = _margins(x_nd[torch.from_numpy(place[image]).to(x_nd.device)], y_ud[own], y_ud[other])
+        x_d = encoder.mean_image()
+        blind = None if x_d is None else _margins(x_d.expand(len(flat), -1), y_ud[own], y_ud[other])
+
+        group = np.repeat(np.arange(len(chosen)), [len(choices) for choices in chosen.values()])
+        items = _items([*chosen], image, group, margin)
+        blinds = {} if blind is None else _items([*chosen], image, group, blind)
+        keys = {text: bytes(key) for text, key in zip(texts, caption_keys(texts), strict=True)}
+        equal = np.array([keys[choice.caption] == keys[choice.negative] for choice in flat])
+        return Result(
+            task=self.task,
+            protocol=self.protocol,
+            name=self.name,
+            data=self._digest(chosen, keys),
+            subject=encoder.subject,
+            scores=scored(
+                items,
+                chance=dict.fromkeys(items, 0.5),
+                blind={name: mean(some) for name, some in blinds.items()},
+            ),
+            items=items,
+            left_out=rejects.named,
+            details={
+                "of": {task: len(choices) for task, choices in self.choices.items()},
+                "ties": _count(chosen, group, margin == 0),
+                "equal_captions": _count(chosen, group, equal),
+                "near_ties": _count(chosen, group, np.abs(margin) < NEAR),
+            },
+        )
+
+    def _digest(self, chosen: Mapping[str, Sequence[Choice]], keys: Mapping[str, bytes]) -> str:
+        digest = hashlib.blake2b(digest_size=16)
+        for task, choices in chosen.items():
+            digest.update(f"\n{task}\n".encode())
+            for choice in choices:
+                digest.update(self.names[choice.image].encode(errors="surrogateescape") + b"\0")
+                digest.update(keys[choice.caption] + keys[choice.negative])
+        return digest.hexdigest()
+
+
+def _margins(x_nd: torch.Tensor, y_nd: torch.Tensor, z_nd: torch.Tensor) -> np.ndarray:
+    """x·y − x·z, float64 of two float32 cosines [n]: its sign is that of their comparison."""
+    return ((x_nd * y_nd).sum(1).double() - (x_nd * z_nd).sum(1).double()).cpu().numpy()
+
+
+def _items(
+    tasks: Sequence[str], image: np.ndarray, group: np.ndarray, margin: np.ndarray
+) -> dict[str, Items]:
+    """By task; `mean` over the tasks' means, `item_mean` over all items."""
+    right = (margin > 0).astype(float)  # false for NaN: what cannot be compared is wrong
+
+    def some(which: np.ndarray) -> Items:
+        return Items(image=tuple(image[which].tolist()), value=tuple(right[which].tolist()))
+
+    every = some(np.full(len(image), True))
+    return {
+        **{task: some(group == g) for g, task in enumerate(tasks) if (group == g).any()},
+        "mean": every.model_copy(update={"group": tuple(group.tolist())}),
+        "item_mean": every,
+    }
+
+
+def _count(chosen: Mapping[str, Sequence[Choice]], group: np.ndarray, what: np.ndarray) -> dict[str, int]:
+    return {task: int(what[group == g].sum()) for g, task in enumerate(chosen)}

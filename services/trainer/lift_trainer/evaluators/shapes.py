@@ -1,0 +1,51 @@
+"""Hard negatives beside the captions of shards, as `lift-data shapes` writes them: JSON `negatives` {task: caption}.
+
+The tasks are SugarCrepe's (Hsieh et al. 2023): attributes or objects swapped, an attribute, object or relation
+replaced.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+
+from lift_cache.errors import BadSource
+from lift_cache.sources import expand, read_member, scan_tar
+from lift_trainer.evaluators.hard_negatives import Choice, HardNegatives
+from lift_trainer.rejects import Rejects
+from lift_trainer.samples import build_index
+
+TASKS = ("swap_att", "swap_obj", "replace_att", "replace_obj", "replace_rel")
+
+
+def open_shapes(data: Sequence[str], name: str, *, max_bad: int = 0) -> HardNegatives:
+    """Read shards with false captions; each image's first caption is the true one.
+
+    Raises:
+        BadSource: unusable shards, or none with negatives.
+    """
+    rejects = Rejects(max_bad)
+    index = build_index(data, rejects)
+    own = [*index.captions.take(index.pairs[index.first[:-1]])]
+    number = {index.where(i): i for i in range(len(index))}
+    choices: dict[str, list[Choice]] = {task: [] for task in TASKS}
+    for path in expand(data):
+        with path.open("rb") as file:
+            for sample in scan_tar(path):
+                image = number.get(f"{path}:{sample.key}")
+                if image is None:  # without a usable caption or image, and so named already
+                    continue
+                for task, caption in _negatives(read_member(file, sample.members["json"])).items():
+                    if task in choices:
+                        choices[task].append(Choice(image, own[image], caption))
+    found = {task: some for task, some in choices.items() if some}
+    if not found:
+        raise BadSource(f"{data[0]}: no sample has negatives; such shards are made by lift-data shapes")
+    return HardNegatives(
+        "shapes", name, index, [*index.names], found, max_bad=max_bad, left_out=rejects.named
+    )
+
+
+def _negatives(record: bytes) -> dict[str, str]:
+    found = json.loads(record)
+    return dict(found.get("negatives") or {}) if isinstance(found, dict) else {}

@@ -1,0 +1,222 @@
+"""A trained run opened for evaluation: its tower, its text transform, and texts by the recipe of training."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+
+from lift_cache.errors import BadConfig, LiftError
+from lift_cache.files import write_atomic
+from lift_cache.keys import normalise
+from lift_cache.reader import CacheReader
+from lift_trainer.checkpoint import MODEL, Checkpoint, require_checkpoint
+from lift_trainer.config import TextShape
+from lift_trainer.evaluators.images import encode
+from lift_trainer.evaluators.result import Subject
+from lift_trainer.job import choose_device, open_training_texts
+from lift_trainer.model import LiftModel, build_model
+from lift_trainer.rejects import Rejects
+from lift_trainer.samples import Index, build_index, captions_only
+from lift_trainer.sampling import ORDER, permutation
+from lift_trainer.text import Control, TextVectors, TokenText, open_texts
+from lift_trainer.transform import TextTransform
+
+TEXTS = 1024
+"""At a time."""
+
+MEAN_OF = 4096
+"""Training images whose mean stands for that of all, drawn once for ever."""
+
+
+@dataclass(frozen=True)
+class TrainedRun:
+    """A run opened for evaluation."""
+
+    run: Path
+    """Where it was opened, not where it was trained: a run may have been copied since."""
+    checkpoint: Checkpoint
+    model: LiftModel
+    transform: TextTransform | None
+    """Of the first cache, whose texts a run is evaluated with; None where a text transformer was trained."""
+    device: torch.device
+    cache: str | None = None
+    """With the captions; None: the run's own."""
+    server: str | None = None
+    """Embedder for what the cache lacks; it is kept in RUN/eval, so that the next evaluation embeds nothing."""
+    batch_size: int = 256
+
+    @classmethod
+    def open(
+        cls,
+        run: Path,
+        device: str = "auto",
+        *,
+        cache: str | None = None,
+        server: str | None = None,
+        batch_size: int = 256,
+    ) -> TrainedRun:
+        """Load the newest whole checkpoint. Raises CacheNotFound, CacheDamaged, BadConfig."""
+        checkpoint, where = require_checkpoint(run), choose_device(device)
+        widths = [text.dimensions for text in checkpoint.state.texts]
+        model = build_model(checkpoint.state.config, widths, fetch=False)
+        checkpoint.load_model(model)
+        transforms = [transform.to(where) for transform in checkpoint.load_transforms()]
+        return cls(
+            run,
+            checkpoint,
+            model.to(where).eval(),
+            next(iter(transforms), None),
+            where,
+            cache,
+            server,
+            batch_size,
+        )
+
+    @property
+    def image_size(self) -> int:
+        return self.checkpoint.state.config.image_size
+
+    @property
+    def max_pixels(self) -> int:
+        return self.checkpoint.state.config.max_pixels
+
+    @cached_property
+    def subject(self) -> Subject:
+        """Raises BadConfig, CacheNotFound, CacheDamaged: no cache to take texts from."""
+        state, location = self.checkpoint.state, self._location
+        return Subject(
+            name=self.run.resolve().name,
+            checkpoint=str(self.checkpoint.path),
+            step=state.step,
+            snapshot=location.rpartition("@")[2] if location else None,
+            recipe=state.recipe.fingerprint if state.recipe else None,
+            text_control=state.config.text_control,
+            text_transform=str(self.transform.spec) if self.transform else "none",
+        )
+
+    @torch.inference_mode()
+    def embed_images(self, views_n3ss: torch.Tensor) -> torch.Tensor:
+        return self._finite("image", self.model.tower(views_n3ss.to(self.device)))
+
+    @torch.inference_mode()
+    def features(self, views_n3ss: torch.Tensor) -> torch.Tensor:
+        return self._finite("image", self.model.tower.features(views_n3ss.to(self.device)))
+
+    def embed_texts(self, captions: Sequence[str]) -> torch.Tensor:
+        texts = [normalise(caption) for caption in captions]
+        number = {text: i for i, text in enumerate(dict.fromkeys(texts))}
+        y_ud = self._encode(self._open_text([*number]), np.arange(len(number)))
+        return y_ud[torch.tensor([number[text] for text in texts], device=self.device)]
+
+    @torch.inference_mode()
+    def _encode(self, text: TextVectors, captions: np.ndarray) -> torch.Tensor:
+        """Caption numbers int64 [n] → unit vectors, float32 [n, D]."""
+        encoded = []
+        for start in range(0, len(captions), TEXTS):
+            some = captions[start : start + TEXTS]
+            stored = torch.from_numpy(np.ascontiguousarray(text.gather(some))).to(self.device)
+            encoded.append(self.model.texts[0](self.transform(stored) if self.transform else stored))
+        return self._finite("text", torch.cat(encoded))
+
+    def _finite(self, kind: str, vectors_nd: torch.Tensor) -> torch.Tensor:
+        if not vectors_nd.isfinite().all():
+            raise LiftError(
+                f"{self.checkpoint.path}: it makes {kind} vectors that are not finite; delete it to use the "
+                "checkpoint before, or train anew with a lower --lr"
+            )
+        return vectors_nd
+
+    # ---- where texts come from
+
+    @property
+    def _control(self) -> Control:
+        """A run on permuted captions is evaluated with the true vectors: it must be at chance by itself."""
+        return "ngram-hash" if self.checkpoint.state.config.text_control == "ngram-hash" else "none"
+
+    @cached_property
+    def _location(self) -> str | None:
+        """PATH@SNAPSHOT of the cache, one for all that is asked; None where texts need none."""
+        config = self.checkpoint.state.config
+        if self.model.joint or self._control == "ngram-hash":
+            return None
+        if config.text == "aligned" and self.cache is None:
+            raise BadConfig(f"{self.run} was trained on an export, which has no other captions; give --cache")
+        reader = CacheReader(self.cache or config.cache[0])
+        if recipe := self.checkpoint.state.recipe:
+            recipe.require_same(reader.recipe, here="the training run", there=str(reader.path))
+        return f"{reader.path}@{reader.snapshot_id}"
+
+    def _open_text(self, captions: Sequence[str]) -> TextVectors:
+        """Vectors of distinct, normalised captions."""
+        index = captions_only(captions)
+        if self.model.joint:
+            return TokenText(index.captions, TextShape.parse(self.checkpoint.state.config.text_shape).context)
+        (text,), _, _ = open_texts(
+            index,
+            caches=[self._location] if self._location else [],
+            control=self._control,
+            on_missing="embed" if self.server else "error",
+            server=self.server,
+            overlay=self.run / "eval" / "overlay.safetensors",
+        )
+        return text
+
+    # ---- means over the training data
+
+    def mean_image(self) -> torch.Tensor | None:
+        return self._kept_mean("image", self._mean_image)
+
+    def mean_text(self) -> torch.Tensor | None:
+        return self._kept_mean("text", self._mean_text)
+
+    def _kept_mean(self, kind: str, compute: Callable[[], torch.Tensor]) -> torch.Tensor | None:
+        """A mean, computed once per checkpoint and kept in RUN/eval; None, and why on stderr, where it cannot be."""
+        path = self.run / "eval" / f"mean-{kind}-{self.checkpoint.state.files[MODEL][:12]}.safetensors"
+        try:
+            return load_file(path)["mean"].to(self.device)
+        except (OSError, SafetensorError, KeyError):
+            pass
+        try:
+            mean = compute()
+        except LiftError as error:
+            print(f"no mean over the training {kind}s: {error}", file=sys.stderr)
+            return None
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(path, save({"mean": mean.cpu().contiguous()}))
+        return mean
+
+    def _training_sample(self, rejects: Rejects) -> Index:
+        config = self.checkpoint.state.config
+        index = build_index(
+            config.data,
+            rejects,
+            caption_fields=config.caption_field,
+            images=config.images,
+            image_field=config.image_field,
+        )
+        return index.take(np.sort(permutation(len(index), 0, ORDER)[:MEAN_OF]))
+
+    def _mean_image(self) -> torch.Tensor:
+        rejects = Rejects(self.checkpoint.state.config.max_bad)
+        x_nd, _ = encode(self._training_sample(rejects), self, rejects, "training images")
+        return x_nd.double().mean(0).float()
+
+    def _mean_text(self) -> torch.Tensor:
+        config = self.checkpoint.state.config
+        texts, index, _ = open_training_texts(
+            config,
+            self._training_sample(Rejects(config.max_bad)),
+            config.cache[:1],
+            self.run / "overlay.safetensors",
+            control=self._control,
+        )
+        y_ud = self._encode(texts[0], np.unique(index.pairs))
+        return y_ud.double().mean(0).float()
