@@ -49,6 +49,13 @@ def test_a_trained_tower_prefers_its_captions_and_a_tie_is_wrong(world: World, t
     assert result.details["ties"]["swap_att"] == result.details["equal_captions"]["swap_att"] == 28
     assert scores["swap_att"].blind == 0.0 and scores["swap_obj"].blind is not None
     assert Result.read(result.write(world.root / "run" / "eval")) == result
+    shown = result.details["pairs"]
+    assert len(shown) == 2 * 28
+    for pair in shown:
+        number = int(pair["image"]["sample"])
+        assert pair["image"]["shard"] == str(shard)
+        assert result.items[pair["score"]].image[pair["item"]] == number
+        assert pair["captions"][0] == f"drawing number {number}"
 
 
 def test_shards_without_negatives_are_refused(world: World) -> None:

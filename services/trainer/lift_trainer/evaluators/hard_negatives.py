@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -22,9 +22,14 @@ from lift_trainer.evaluators.images import Images, encode
 from lift_trainer.evaluators.protocol import Encoder
 from lift_trainer.evaluators.result import Items, Result, mean, scored
 from lift_trainer.rejects import Rejects
+from lift_trainer.sampling import GALLERY, permutation
 
 NEAR = 1e-5
 """Difference of two cosines that another batch size or device could turn around."""
+
+
+PAIRS = 64
+"""Items of each task that a report can show."""
 
 
 class Choice(NamedTuple):
@@ -96,8 +101,22 @@ class HardNegatives:
                 "ties": _count(chosen, group, margin == 0),
                 "equal_captions": _count(chosen, group, equal),
                 "near_ties": _count(chosen, group, np.abs(margin) < NEAR),
+                "pairs": [pair for task, choices in chosen.items() for pair in self._pairs(task, choices)],
             },
         )
+
+    def _pairs(self, task: str, choices: Sequence[Choice]) -> list[dict[str, Any]]:
+        """Items drawn once for ever, so that every encoder's result on equal items has the same."""
+        return [
+            {
+                "score": task,
+                "item": item,
+                "image": {"sample": self.names[image], "shard": self.images.shard(image)},
+                "captions": [caption, negative],
+            }
+            for item in permutation(len(choices), 0, GALLERY)[:PAIRS].tolist()
+            for image, caption, negative in [choices[item]]
+        ]
 
     def _digest(self, chosen: Mapping[str, Sequence[Choice]], keys: Mapping[str, bytes]) -> str:
         digest = hashlib.blake2b(digest_size=16)

@@ -27,6 +27,9 @@ class Images(Protocol):
     def where(self, sample: int) -> str:
         """What to call an image in messages."""
 
+    def shard(self, sample: int) -> str:
+        """The tar that holds an image, or the image's own path."""
+
     def image_bytes(self, sample: int) -> bytes:
         """Raises OSError."""
 
@@ -44,6 +47,9 @@ class ImageFiles:
 
     def where(self, sample: int) -> str:
         return str(self.folder / self.names[sample])
+
+    def shard(self, sample: int) -> str:
+        return self.where(sample)
 
     def image_bytes(self, sample: int) -> bytes:
         return (self.folder / self.names[sample]).read_bytes()
