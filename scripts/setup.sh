@@ -27,8 +27,12 @@ stamp=$venv/.installed
 
 echo "environment $name: installing into $venv (some minutes, some GB, once)"
 started=$SECONDS
-# Whole, and made here: a moved checkout's commands would still point to the old place.
-whole() { grep -qsF "$PWD/$venv/bin/python" "$venv/bin/pip" && "$venv/bin/python" -m pip --version >/dev/null 2>&1; }
+# Whole, and made here: a moved checkout's commands would still point to the old place, and without pyvenv.cfg pip
+# would install beside the interpreter itself.
+whole() {
+    [ -f "$venv/pyvenv.cfg" ] && grep -qsF "$PWD/$venv/bin/python" "$venv/bin/pip" &&
+        "$venv/bin/python" -m pip --version >/dev/null 2>&1
+}
 if ! whole && ! "$python" -m venv --clear "$venv"; then
     echo "error: $python cannot make virtual environments; install its venv package (python3-venv)" >&2
     exit 2

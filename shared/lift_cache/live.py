@@ -28,29 +28,19 @@ import struct
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import lmdb
 import numpy as np
-import pyarrow as pa
-import xxhash
 from pydantic import BaseModel
 
 from lift_cache import files
 from lift_cache.encoding import Encoding
 from lift_cache.errors import CacheDamaged, CacheFull, LiftError, StorageFailed, UnsupportedFormat
+from lift_cache.fresh import FreshGroups
 from lift_cache.keys import KEY_BYTES
-from lift_cache.segment import (
-    CAPTIONS_SCHEMA,
-    SegmentInfo,
-    StoredRows,
-    binary_values,
-    flag_values,
-    list_values,
-    number_values,
-    vector_schema,
-)
+from lift_cache.segment import SegmentInfo, StoredRows
 from lift_cache.witness import Witness, lost, witness_of
 
 log = logging.getLogger(__name__)
@@ -61,8 +51,6 @@ MAP_BYTES = 1 << 40
 
 CHUNK_ROWS = 8_192
 """Rows of a segment that one transaction puts into the index."""
-
-CHECKSUM_BYTES = 8
 
 NEARLY_FULL = 1 << 20
 """Free bytes below which a failed write is taken for a full disk."""
@@ -149,7 +137,7 @@ class LiveTier:
         """
         self.path = path
         self._fingerprint, self._encoding, self._readonly = fingerprint, encoding, readonly
-        self._schema = pa.schema([*vector_schema(encoding), CAPTIONS_SCHEMA.field("caption")])
+        self._groups = FreshGroups(path, encoding)
         self._write_turn = threading.Lock()
         self._gate = threading.Condition()
         self._readers = 0
@@ -369,6 +357,7 @@ class LiveTier:
         with self._gate:
             self._gate.wait_for(lambda: not self._readers)
             self._env.close()
+            self._groups.forget()
             with contextlib.suppress(OSError):
                 _forget_pages(self.path / "data.mdb")
             self._open(self.path)
@@ -381,7 +370,7 @@ class LiveTier:
                 f"{self.path} has lost {len(missing)} sealed segments after a failed write; restart the writer"
             )
         for number in self._acknowledged:
-            if self.require_fresh(number) is None and number not in dropped_batches:
+            if self.read_batch(number) is None and number not in dropped_batches:
                 raise CacheDamaged(
                     f"{self.path} has lost batch {number} after a failed write; run `lift-cache verify`"
                 )
@@ -411,34 +400,27 @@ class LiveTier:
         locations[found] = np.frombuffer(values, LOCATION_DTYPE)
         return found, locations
 
-    def fresh_rows(
-        self, batch: int, rows: np.ndarray | None = None, *, captions: bool = True
-    ) -> StoredRows | None:
-        """Rows of one committed batch (int64 [n]; all of them by default), copied out of the map.
+    def fresh_rows(self, batch: int, rows: np.ndarray) -> StoredRows | None:
+        """Rows (int64 [n]) of one committed batch without their captions, copied out of the map.
 
         Returns None when the batch has been sealed in the meantime.
         """
         with self._fresh_value(batch) as value:
-            if value is None:
-                return None
-            whole = self._decode(value, batch)
-            if not captions:
-                whole = replace(whole, captions=None)
-            try:
-                return whole.take(np.arange(len(whole)) if rows is None else rows)
-            except IndexError:
-                raise CacheDamaged(
-                    f"{self.path}: batch {batch} lacks rows; run `lift-cache verify`"
-                ) from None
+            return None if value is None else self._groups.take(value, batch, rows)
 
-    def require_fresh(self, batch: int) -> StoredRows | None:
-        """As `fresh_rows`, every byte verified. Raises CacheDamaged."""
+    def read_batch(self, batch: int, *, verified: bool = True) -> StoredRows | None:
+        """A whole committed batch, captions and all; None as in `fresh_rows`.
+
+        Args:
+            verified: every byte; without it only what Arrow checks, for a caller that proves each row itself.
+
+        Raises:
+            CacheDamaged.
+        """
         with self._fresh_value(batch) as value:
             if value is None:
                 return None
-            if xxhash.xxh3_64_digest(value[CHECKSUM_BYTES:]) != bytes(value[:CHECKSUM_BYTES]):
-                raise CacheDamaged(f"{self.path}: batch {batch} fails its checksum; run `lift-cache verify`")
-            whole = self._decode(value, batch)
+            whole = self._groups.verified(value, batch) if verified else self._groups.decode(value, batch)
             return whole.take(np.arange(len(whole)))
 
     def fresh_numbers(self) -> list[int]:
@@ -540,7 +522,7 @@ class LiveTier:
             rows = rows if new.all() else rows.take(np.flatnonzero(new))
             number = 1 + max(self._last(txn, self._batches), self._meta_number(txn, b"last-batch"))
             name = _NUMBER.pack(number)
-            txn.put(name, self._encode(rows), db=self._fresh, append=True)
+            txn.put(name, self._groups.encode(rows), db=self._fresh, append=True)
             counts = _COUNTS.pack(len(rows), int(rows.tokens.sum(dtype=np.int64)), int(rows.truncated.sum()))
             txn.put(name, counts, db=self._batches, append=True)
             txn.put(b"last-batch", name, db=self._meta)
@@ -667,31 +649,6 @@ class LiveTier:
         # nothing under its number, not another one.
         value = txn.get(name, db=self._meta)
         return 0 if value is None else int(_NUMBER.unpack(value)[0])
-
-    def _encode(self, rows: StoredRows) -> bytes:
-        assert rows.captions is not None
-        vectors = rows.vector_batch(vector_schema(self._encoding))
-        batch = pa.RecordBatch.from_arrays([*vectors.columns, rows.captions], schema=self._schema)
-        message = memoryview(batch.serialize())
-        return b"".join((xxhash.xxh3_64_digest(message), message))
-
-    def _decode(self, value: memoryview, number: int) -> StoredRows:
-        """Rows that still point into the map."""
-        try:
-            batch = pa.ipc.read_record_batch(pa.py_buffer(value[CHECKSUM_BYTES:]), self._schema)
-            batch.validate()
-            return StoredRows(
-                binary_values(batch.column(0)),
-                list_values(batch.column(1), self._encoding.dimensions),
-                number_values(batch.column(2)),
-                flag_values(batch.column(3), np.arange(len(batch))),
-                number_values(batch.column(4)),
-                batch.column(5),
-            )
-        except (OSError, ValueError, pa.ArrowException) as error:
-            raise CacheDamaged(
-                f"{self.path}: batch {number} cannot be read ({error}); run `lift-cache verify`"
-            ) from None
 
 
 def _forget_pages(path: Path) -> None:

@@ -317,7 +317,7 @@ class CacheWriter:
         out: tuple[np.ndarray, np.ndarray, np.ndarray],
     ) -> np.ndarray | bool:
         """Rows `row[here]` of a fresh batch into `out` at `left[here]`; False where it has been sealed meanwhile."""
-        rows = self._live.fresh_rows(batch, row[here], captions=False)
+        rows = self._live.fresh_rows(batch, row[here])
         if rows is None:
             return False
         at = left[here]
@@ -360,7 +360,7 @@ class CacheWriter:
             CacheDamaged: bytes that are not those that were acknowledged.
         """
         for number in reversed(self._live.fresh_numbers()):
-            rows = self._live.require_fresh(number)
+            rows = self._live.read_batch(number)
             if rows is not None:
                 yield rows
 
@@ -481,7 +481,7 @@ class CacheWriter:
                 parts: list[StoredRows] = []
                 taken = []
                 while numbers and sum(map(len, parts)) < self._segment_rows:
-                    rows = self._live.require_fresh(numbers[0])
+                    rows = self._live.read_batch(numbers[0])
                     assert rows is not None
                     parts.append(rows)
                     taken.append(numbers.pop(0))

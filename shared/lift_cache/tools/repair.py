@@ -279,7 +279,7 @@ def salvage_live(cache: Path, *, dry_run: bool) -> Iterator[dict[str, object]]:
     seen: set[bytes] = set()
     for number in live.fresh_numbers():
         try:
-            rows = live.fresh_rows(number)
+            rows = live.read_batch(number, verified=False)
         except CacheDamaged:
             yield {"unnamed": live.batch_rows(number)}
             continue

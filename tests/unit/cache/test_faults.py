@@ -20,6 +20,7 @@ from lift_cache import live
 from lift_cache.bulk import BulkWriter, write_cache
 from lift_cache.encoding import Encoding
 from lift_cache.errors import CacheDamaged, CacheFull, CacheLocked, EncodingMismatch, LiftError, StorageFailed
+from lift_cache.fresh import FreshGroups
 from lift_cache.keys import caption_keys
 from lift_cache.live import LiveTier
 from lift_cache.reader import CacheReader
@@ -106,14 +107,14 @@ def test_closing_waits_for_a_commit_and_later_calls_say_that_it_is_closed(
 ) -> None:
     drawn = vectors(20)
     writer = CacheWriter.open(tmp_path / "cache", recipe)
-    encode, begun, go_on = LiveTier._encode, threading.Event(), threading.Event()
+    encode, begun, go_on = FreshGroups.encode, threading.Event(), threading.Event()
 
-    def slow(tier: LiveTier, rows: live.StoredRows) -> bytes:
+    def slow(tier: FreshGroups, rows: live.StoredRows) -> bytes:
         begun.set()
         assert go_on.wait(30)
         return encode(tier, rows)
 
-    monkeypatch.setattr(LiveTier, "_encode", slow)
+    monkeypatch.setattr(FreshGroups, "encode", slow)
     putting = threading.Thread(target=put, args=(writer, drawn, 0, 10))
     putting.start()
     assert begun.wait(30)

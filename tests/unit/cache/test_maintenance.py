@@ -31,6 +31,7 @@ from lift_cache.errors import (
     UnsupportedFormat,
 )
 from lift_cache.flatmap import Extent, FlatMap, alignment
+from lift_cache.fresh import FreshGroups
 from lift_cache.keys import caption_keys
 from lift_cache.live import LiveTier
 from lift_cache.reader import CacheReader
@@ -509,7 +510,7 @@ def test_after_a_failed_commit_the_disk_is_asked_again_before_the_next(
         put(writer, drawn, 0, 10)
         with monkeypatch.context() as fault:
             broken = lmdb.Error("mdb_txn_commit: Input/output error")
-            fault.setattr(LiveTier, "_encode", lambda *_: (_ for _ in ()).throw(broken))
+            fault.setattr(FreshGroups, "encode", lambda *_: (_ for _ in ()).throw(broken))
             with pytest.raises(StorageFailed, match=r"nothing of this write was acknowledged"):
                 put(writer, drawn, 10, 20)
         assert writer.contains(caption_keys(names(0, 20))).tolist() == [True] * 10 + [False] * 10
@@ -531,7 +532,7 @@ def test_what_a_failed_write_destroyed_stops_the_writer(
         put(writer, drawn, 10, 20)
         with monkeypatch.context() as fault:
             broken = lmdb.Error("mdb_txn_commit: Input/output error")
-            fault.setattr(LiveTier, "_encode", lambda *_: (_ for _ in ()).throw(broken))
+            fault.setattr(FreshGroups, "encode", lambda *_: (_ for _ in ()).throw(broken))
             with pytest.raises(StorageFailed):
                 put(writer, drawn, 20, 30)
         # What the disk kept is older than what was acknowledged.
