@@ -27,7 +27,10 @@ from cyclopts import App, Parameter
 
 from lift_cache.errors import BadConfig, LiftError
 from lift_cache.files import write_atomic
-from lift_trainer.retrieval import evaluate_retrieval
+from lift_trainer.evaluators.captioned import open_captioned
+from lift_trainer.evaluators.retrieval import CUTOFFS, DIRECTIONS, Retrieval
+from lift_trainer.evaluators.trained import TrainedRun
+from lift_trainer.rejects import Rejects
 
 TRANSFORMS = ("none", "center", "whiten:128", "whiten:128,shrink=0.5")
 GATE = 3.0
@@ -85,13 +88,15 @@ def main(
     if unknown:
         raise BadConfig(f"--arms {unknown[0]}: no such arm; there are {', '.join(known)}")
 
+    rejects = Rejects(0)
+    test = Retrieval("test", open_captioned([str(data / "test-*.tar")], rejects), "any-caption", max_bad=0)
+
     def evaluate(run: Path) -> dict[str, Any]:
-        result, _ = evaluate_retrieval(run, [str(data / "test-*.tar")], name="test")
+        scores = test.evaluate(TrainedRun.open(run)).scores
         return {
-            "mean_r10": result.mean_r10,
-            "image_to_text": result.image_to_text,
-            "text_to_image": result.text_to_image,
-            "chance": result.chance,
+            "mean_r10": scores["r@10_mean"].value,
+            **{name: {f"r@{k}": scores[f"r@{k}_{name}"].value for k in CUTOFFS} for name in DIRECTIONS},
+            "chance": {f"r@{k}": scores[f"r@{k}_mean"].chance for k in CUTOFFS},
         }
 
     results: dict[str, list[dict[str, Any]]] = {arm: [] for arm in arms or known}

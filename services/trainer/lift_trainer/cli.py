@@ -20,8 +20,8 @@ def eval_main(argv: Sequence[str] | None = None) -> None:
     """`lift-eval`."""
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     with loading("nothing was written; run the same command again"):
-        from lift_trainer.commands import evaluate
-    evaluate(argv)
+        from lift_trainer.evaluators.command import main
+    main(argv)
 
 
 def data_main(argv: Sequence[str] | None = None) -> None:

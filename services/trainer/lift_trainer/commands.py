@@ -1,4 +1,4 @@
-"""The commands behind lift-train and lift-eval."""
+"""The command behind lift-train."""
 
 from __future__ import annotations
 
@@ -11,15 +11,13 @@ from typing import Annotated, Any
 
 from cyclopts import App, Parameter
 from cyclopts.config import Dict, Env, Yaml
-from cyclopts.types import NonNegativeInt, PositiveInt
 
 from lift_cache.errors import BadConfig
-from lift_cache.terminal import ending_in_one_line, run_app, run_command
-from lift_trainer.config import DATA, RUN, TEXT, TrainConfig
+from lift_cache.terminal import ending_in_one_line, run_app
+from lift_trainer.config import RUN, TrainConfig
 from lift_trainer.loading import loading
 
 TRAIN_INTERRUPTED = "what was saved stays, and the same command goes on from there"
-EVAL_INTERRUPTED = "nothing was written; the same command starts anew"
 
 
 def train(argv: Sequence[str] | None) -> None:
@@ -29,13 +27,6 @@ def train(argv: Sequence[str] | None) -> None:
     if status:
         sys.exit(status)
 
-
-def evaluate(argv: Sequence[str] | None) -> None:
-    """As `train`."""
-    run_command(_eval_app(), argv, interrupted=EVAL_INTERRUPTED)
-
-
-# ---------------------------------------------------------------------------------------------- lift-train
 
 TRAIN_HELP = """Train an image encoder against a cache of caption embeddings.
 
@@ -183,88 +174,3 @@ def _yaml(file: Path) -> Yaml:
     if unknown:
         raise BadConfig(f"--config {file}: there is no setting {unknown[0]!r}; see lift-train --help")
     return Yaml(file, must_exist=True, use_commands_as_keys=False)
-
-
-# ---------------------------------------------------------------------------------------------- lift-eval
-
-EVAL_HELP = """Evaluate a training run.
-
-Texts take the same way as in training: the cache by key, the run's own text transform.
-"""
-
-
-def _eval_app() -> App:
-    app = App(name="lift-eval", version=version("lift-trainer"), help=EVAL_HELP, help_format="markdown")
-
-    @app.command
-    def retrieval(
-        *,
-        run: Annotated[Path, Parameter(group=RUN)],
-        data: Annotated[list[str], Parameter(group=DATA, consume_multiple=True, negative_iterable=())],
-        name: Annotated[str | None, Parameter(group=RUN)] = None,
-        images: Annotated[Path | None, Parameter(group=DATA)] = None,
-        image_field: Annotated[str, Parameter(group=DATA)] = "image",
-        caption_field: Annotated[list[str], Parameter(group=DATA, negative_iterable=())] = [],  # noqa: B006
-        max_bad: Annotated[NonNegativeInt, Parameter(group=DATA)] = 100,
-        cache: Annotated[str | None, Parameter(group=TEXT)] = None,
-        server: Annotated[str | None, Parameter(group=TEXT)] = None,
-        device: Annotated[str, Parameter(group=RUN)] = "auto",
-        batch_size: Annotated[PositiveInt, Parameter(group=RUN)] = 256,
-        seed: Annotated[NonNegativeInt, Parameter(group=RUN)] = 0,
-    ) -> int:
-        """Image-to-text and text-to-image R@1, R@5 and R@10.
-
-        Any of an image's captions counts, and so does an equal caption of another image. The scores, the
-        chance level and a gallery are written to RUN/eval/retrieval-NAME.json.
-
-        `lift-eval retrieval --run runs/emoji --data emoji/test-000.tar`
-
-        Parameters
-        ----------
-        run
-            Directory of the training run; its newest checkpoint is used.
-        data
-            Held-out shards or tables, as for lift-train.
-        name
-            Name of the result. Default: from the first source.
-        images
-            Folder that a table's image paths start from.
-        image_field
-            Column of a table that names the image.
-        caption_field
-            Field or column that holds the captions.
-        max_bad
-            Stop when more samples than this are broken; each one is named and left out.
-        cache
-            Cache with the captions, of the same recipe. Default: the run's.
-        server
-            Embedder for captions that the cache lacks.
-        device
-            cpu, cuda, …; auto: cuda where there is one.
-        batch_size
-            Images at a time.
-        seed
-            Which captions the gallery shows.
-        """
-        with loading(EVAL_INTERRUPTED):
-            from lift_trainer.retrieval import evaluate_retrieval
-
-        result, path = evaluate_retrieval(
-            run,
-            data,
-            name=name,
-            images=images,
-            image_field=image_field,
-            caption_field=caption_field,
-            max_bad=max_bad,
-            cache=cache,
-            server=server,
-            device=device,
-            batch_size=batch_size,
-            seed=seed,
-        )
-        print(result.table())
-        print(f"written to {path}; next: lift-report {run}", file=sys.stderr)
-        return 0
-
-    return app

@@ -27,6 +27,7 @@ import torch
 from lift_cache.errors import BadConfig, BadSource, CacheDamaged
 from lift_cache.files import write_atomic
 from lift_trainer.distributed import alone
+from lift_trainer.evaluators.retrieval import CUTOFFS, DIRECTIONS, rank
 from lift_trainer.images import GIB, BadImage, ImageStore, center_view
 from lift_trainer.model import transformed
 from lift_trainer.rejects import Rejects
@@ -94,29 +95,25 @@ Better = Literal["lower", "higher"]
 def _ranks(
     encoded: Encoded, rows: slice = slice(None), captions: np.ndarray | None = None
 ) -> list[np.ndarray]:
-    """Ranks of images' captions and captions' images, as `lift_trainer.retrieval` counts them."""
-    from lift_trainer.retrieval import rank  # it opens runs, and so imports what imports this
-
+    """Ranks of images' captions and captions' images, as `lift-eval retrieval --protocol any-caption` counts them."""
     image, caption = encoded.truth(rows, captions)
     words = encoded.y_ucd.shape[1]
     items = np.stack([np.repeat(image, words), (caption[:, None] * words + np.arange(words)).reshape(-1)])
     places = (
         slice(None) if captions is None else torch.from_numpy(np.searchsorted(encoded.captions, captions))
     )
-    return list(rank(encoded.x_nd[rows], encoded.y_ucd[places].flatten(0, 1), items))
+    x_nd, y_kd = encoded.x_nd[rows], encoded.y_ucd[places].flatten(0, 1)
+    return [rank(x_nd, y_kd, items).rank, rank(y_kd, x_nd, items[::-1].copy()).rank]
 
 
 def _retrieval(encoded: Encoded) -> Scores:
-    """R@1, R@5 and R@10 among all held-out images and captions, as `lift-eval retrieval` scores them."""
+    """R@1, R@5 and R@10 among all held-out images and captions, as `lift-eval retrieval` scores `any-caption`."""
     return {
         f"r@{cutoff}_{direction}": float((ranks <= cutoff).mean())
         for direction, ranks in zip(DIRECTIONS, _ranks(encoded), strict=True)
         for cutoff in CUTOFFS
     }
 
-
-DIRECTIONS = ("image_to_text", "text_to_image")
-CUTOFFS = (1, 5, 10)
 
 EVALUATORS: dict[str, Evaluator] = {"retrieval": _retrieval}
 """What can be scored on top; a score of one is called `NAME/SCORE`."""

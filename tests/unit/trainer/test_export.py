@@ -159,13 +159,16 @@ def test_an_export_says_what_made_its_texts_and_carries_their_transform(
 def test_scores_of_the_exported_checkpoint_are_on_its_card(run: Path, world: World, tmp_path: Path) -> None:
     assert call(eval_main, ["retrieval", "--run", str(run), "--data", str(world.shard)]) == 0
     (result,) = (run / "eval").glob("retrieval-*.json")
-    (run / "eval" / "retrieval-old.json").write_text(
-        json.dumps(json.loads(result.read_text()) | {"step": 2})  # of an older checkpoint
+    written = json.loads(result.read_text())
+    (run / "eval" / "retrieval-old-karpathy.json").write_text(
+        json.dumps(
+            written | {"name": "old", "subject": written["subject"] | {"step": 2}}
+        )  # an older checkpoint's
     )
     trained = source_of(TrainedRun.open(run, "cpu"), "run")
     export(trained, "timm", tmp_path / "out")
     card = (tmp_path / "out" / "README.md").read_text()
-    assert "image to text" in card and "R@10" in card and "`old`" not in card
+    assert "retrieval · train · karpathy" in card and "r@10_mean" in card and "· old ·" not in card
 
 
 def test_mistakes_are_one_clear_line(

@@ -20,6 +20,9 @@ from torch import nn
 from lift_cache.errors import BadConfig, BadSource, CacheDamaged
 from lift_trainer import heldout
 from lift_trainer.distributed import mean, world_size
+from lift_trainer.evaluators.captioned import open_captioned
+from lift_trainer.evaluators.retrieval import CUTOFFS, DIRECTIONS, Retrieval
+from lift_trainer.evaluators.trained import TrainedRun
 from lift_trainer.heads import BatchNorm, HeadName
 from lift_trainer.heldout import BETTER, EVALUATORS, Best, HeldOut
 from lift_trainer.images import ImageStore, center_view
@@ -28,7 +31,6 @@ from lift_trainer.loop import train
 from lift_trainer.losses import LossName, Mask, build_loss
 from lift_trainer.model import LiftModel
 from lift_trainer.rejects import Rejects
-from lift_trainer.retrieval import evaluate_retrieval
 from lift_trainer.samples import Index, build_index
 from lift_trainer.text import TextVectors, open_texts
 from lift_trainer.text_towers import CachedTextTower
@@ -306,12 +308,14 @@ def test_retrieval_says_what_lift_eval_says_of_the_checkpoint(world: World) -> N
         evaluators=["retrieval"],
     )
     train(prepare(config))
-    result, _ = evaluate_retrieval(world.root / "run", [str(world.shard)], device="cpu")
+    captioned = open_captioned([str(world.shard)], Rejects(0))
+    result = Retrieval("test", captioned, "any-caption").evaluate(TrainedRun.open(world.root / "run", "cpu"))
     scores = scored(world, "run")[60]
-    for direction in ("image_to_text", "text_to_image"):
-        for cutoff, value in getattr(result, direction).items():
-            assert scores[f"retrieval/{cutoff}_{direction}"] == pytest.approx(value)
-    assert result.image_to_text["r@10"] > 0
+    for direction in DIRECTIONS:
+        for cutoff in CUTOFFS:
+            name = f"r@{cutoff}_{direction}"
+            assert scores[f"retrieval/{name}"] == pytest.approx(result.scores[name].value)
+    assert result.scores["r@10_image_to_text"].value > 0
     assert str(HeldOut.open(prepare(config))) == "28 images, 35 distinct captions, in batches of 8"
 
 

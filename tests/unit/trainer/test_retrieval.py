@@ -1,70 +1,162 @@
-"""Retrieval scores against a brute-force count, and what a result file holds."""
+"""Retrieval by each protocol against a count of its own, and what a result holds."""
 
 from __future__ import annotations
 
 import json
+import math
 import shutil
+from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from lift_cache.bulk import write_cache
 from lift_cache.encoding import Encoding
-from lift_cache.errors import BadConfig, LiftError, MissingCaptions, RecipeMismatch
+from lift_cache.errors import LiftError, MissingCaptions, RecipeMismatch
 from lift_trainer.checkpoint import Checkpoint
+from lift_trainer.evaluators.captioned import Captioned, open_captioned
+from lift_trainer.evaluators.items import mean
+from lift_trainer.evaluators.result import Result
+from lift_trainer.evaluators.retrieval import (
+    CUTOFFS,
+    FIRST,
+    Protocol,
+    Retrieval,
+    Texts,
+    chance_recall,
+    rank_texts,
+    score_items,
+)
 from lift_trainer.evaluators.trained import TrainedRun
 from lift_trainer.job import prepare
 from lift_trainer.loop import train
-from lift_trainer.retrieval import chance_recall, evaluate_retrieval, rank, recall
+from lift_trainer.rejects import Rejects
 from tests.unit.trainer.conftest import World, png, write_tar
 
+PROTOCOLS: tuple[Protocol, ...] = ("karpathy", "lift", "any-caption")
 
-def brute_force(scores: np.ndarray, right: np.ndarray) -> list[int]:
-    """Rank of the best right item; a wrong item that ties stands before it."""
-    out = []
-    for row, ok in zip(scores, right, strict=True):
-        order = sorted(range(len(row)), key=lambda j: (-row[j], ok[j]))
-        out.append(1 + next(place for place, j in enumerate(order) if ok[j]))
-    return out
+# ---------------------------------------------------------------------------------------------- scores
 
 
-def test_ranks_equal_a_brute_force_count_with_many_captions_and_ties() -> None:
-    generator = np.random.default_rng(0)
-    n, u = 30, 50
-    x, y = (
-        generator.integers(-2, 3, (n, 3)).astype(np.float32),
-        generator.integers(-2, 3, (u, 3)).astype(np.float32),
+def place_of_best(scores: Sequence[float], right: Sequence[bool]) -> int:
+    """Place of the best right item in a sorted list, after every wrong one that is not below it.
+
+    What cannot be compared is not below anything, and nothing is below it.
+    """
+    mine = [score for score, ok in zip(scores, right, strict=True) if ok]
+    best = math.nan if any(map(math.isnan, mine)) else max(mine)
+    return 1 + sum(not ok and not score < best for score, ok in zip(scores, right, strict=True))
+
+
+def reference(
+    x: np.ndarray, vector: dict[str, np.ndarray], captions: list[list[str]], protocol: Protocol
+) -> dict[str, float]:
+    """R@K by plain loops in float64, protocol as its authors describe it."""
+    used = [texts[: FIRST[protocol]] for texts in captions]
+    if protocol == "any-caption":
+        distinct = sorted({text for own in used for text in own})
+        texts = [(text, {i for i, own in enumerate(used) if text in own}) for text in distinct]
+    else:
+        texts = [(text, {i}) for i, own in enumerate(used) for text in own]
+    cosine = [[float(np.dot(image, vector[text])) for text, _ in texts] for image in x.astype(np.float64)]
+    to_text = [place_of_best(row, [i in right for _, right in texts]) for i, row in enumerate(cosine)]
+    to_image = [
+        place_of_best([row[t] for row in cosine], [i in right for i in range(len(x))])
+        for t, (_, right) in enumerate(texts)
+    ]
+    scores = {}
+    for k in CUTOFFS:
+        scores[f"r@{k}_image_to_text"] = sum(r <= k for r in to_text) / len(to_text)
+        scores[f"r@{k}_text_to_image"] = sum(r <= k for r in to_image) / len(to_image)
+        scores[f"r@{k}_mean"] = (scores[f"r@{k}_image_to_text"] + scores[f"r@{k}_text_to_image"]) / 2
+    return scores
+
+
+def scores_of(
+    x: np.ndarray, vector: dict[str, np.ndarray], captions: list[list[str]], protocol: Protocol
+) -> dict[str, float]:
+    texts = Texts.of(captions, protocol)
+    y = np.stack([vector[caption] for caption in texts.captions])
+    ranks = rank_texts(torch.from_numpy(x), torch.from_numpy(y), texts)
+    return {name: mean(items) for name, items in score_items(ranks, texts).items()}
+
+
+@settings(max_examples=60, deadline=None)
+@given(data=st.data(), protocol=st.sampled_from(PROTOCOLS))
+def test_scores_equal_a_count_by_hand_with_ties_twins_and_missing_numbers(
+    data: st.DataObject, protocol: Protocol
+) -> None:
+    captions = data.draw(
+        st.lists(st.lists(st.sampled_from("abcdefgh"), min_size=1, max_size=7), min_size=1, max_size=14)
     )
-    right = generator.random((n, u)) < 0.05
-    right[np.arange(n), np.arange(n)] = right[np.arange(u) % n, np.arange(u)] = True
-    ranks = rank(torch.from_numpy(x), torch.from_numpy(y), np.stack(np.nonzero(right)))
-    # A right item that ties with wrong ones comes after all of them.
-    expected = [1 + int(((row >= row[ok].max()) & ~ok).sum()) for row, ok in zip(x @ y.T, right, strict=True)]
-    assert ranks.image_to_text.tolist() == expected == brute_force(x @ y.T, right)
-    assert ranks.text_to_image.tolist() == brute_force(y @ x.T, right.T)
+    # Small integers: sums are exact in either precision, and ties are frequent.
+    seed = data.draw(st.integers(0, 1 << 16))
+    generator = np.random.default_rng(seed)
+    x = generator.integers(-2, 3, (len(captions), 3)).astype(np.float32)
+    vector = {text: generator.integers(-2, 3, 3).astype(np.float32) for text in "abcdefgh"}
+    if data.draw(st.booleans()):
+        x[generator.integers(len(x))] = np.nan
+    found = scores_of(x, vector, captions, protocol)
+    assert found == pytest.approx(reference(x, vector, captions, protocol), abs=1e-9)
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+def test_scores_of_real_vectors_equal_a_count_in_float64(protocol: Protocol) -> None:
+    generator = np.random.default_rng(0)
+    captions = [[f"image {i} caption {j}" for j in range(generator.integers(1, 8))] for i in range(60)]
+    x = generator.normal(size=(60, 16)).astype(np.float32)
+    x /= np.linalg.norm(x, axis=1, keepdims=True)
+    vector = {
+        text: x[i] + generator.normal(size=16).astype(np.float32)
+        for i, own in enumerate(captions)
+        for text in own
+    }
+    found = scores_of(x, vector, captions, protocol)
+    assert found == pytest.approx(reference(x, vector, captions, protocol), abs=1e-9)
+    assert 0 < found["r@1_mean"] < found["r@5_mean"] < found["r@10_mean"]
 
 
 def test_an_encoder_that_says_the_same_for_everything_scores_nothing() -> None:
-    same = torch.ones(20, 4)
-    ranks = rank(same, same, np.stack([np.arange(20)] * 2))
-    assert recall(ranks.image_to_text)["r@10"] == 0.0
+    same = np.ones((20, 4), np.float32)
+    captions = [[f"caption {i}"] for i in range(20)]
+    vector = {text: same[0] for (text,) in captions}
+    for protocol in PROTOCOLS:
+        assert set(scores_of(same, vector, captions, protocol).values()) == {0.0}
 
 
-def test_vectors_that_are_no_numbers_score_nothing() -> None:
-    nan = torch.full((20, 4), torch.nan)
-    ranks = rank(nan, torch.ones(20, 4), np.stack([np.arange(20)] * 2))
-    assert recall(ranks.image_to_text)["r@10"] == recall(ranks.text_to_image)["r@10"] == 0.0
+def test_only_an_images_own_captions_count_and_equal_ones_of_others_are_counted() -> None:
+    captions = [["a dog", "a cat"], ["a dog"], ["a dog", "a dog"]]
+    vector = {"a dog": np.array([1, 0], np.float32), "a cat": np.array([0, 1], np.float32)}
+    x = np.array([[1, 0], [0.5, 0.2], [0.4, 0.2]], np.float32)
+    texts = Texts.of(captions, "karpathy")
+    assert len(texts.caption_of_text) == 5 and texts.equal_pairs == 1 + 2 + 2
+    # "a dog" of every other image ties with each image's own.
+    found = scores_of(x, vector, captions, "karpathy")
+    assert found["r@1_image_to_text"] == 0.0
+    assert found["r@1_text_to_image"] == 1 / 5  # of the dogs, the first image's
+    assert scores_of(x, vector, captions, "any-caption")["r@1_image_to_text"] == 1.0
+
+
+def test_protocols_take_the_captions_that_they_name() -> None:
+    captions = [[f"{i} {j}" for j in range(8)] for i in range(3)]
+    assert len(Texts.of(captions, "karpathy").captions) == 15
+    assert list(Texts.of(captions, "lift").captions) == ["0 0", "1 0", "2 0"]
+    assert len(Texts.of(captions, "any-caption").captions) == 24
 
 
 def test_chance_is_what_random_order_scores() -> None:
-    assert chance_recall(np.ones(5, int), 191) == pytest.approx(
-        {"r@1": 1 / 191, "r@5": 5 / 191, "r@10": 10 / 191}
-    )
+    assert chance_recall(np.ones(5, int), 191) == pytest.approx({1: 1 / 191, 5: 5 / 191, 10: 10 / 191})
     generator = np.random.default_rng(0)
     hits = np.mean([(generator.permutation(20)[:3] < 5).any() for _ in range(20_000)])
-    assert chance_recall(np.array([3]), 20)["r@5"] == pytest.approx(hits, abs=0.01)
-    assert chance_recall(np.array([1, 1]), 4)["r@5"] == 1.0
+    assert chance_recall(np.array([3]), 20)[5] == pytest.approx(hits, abs=0.01)
+    assert chance_recall(np.array([1, 1]), 4)[5] == 1.0
+
+
+# ---------------------------------------------------------------------------------------------- end to end
 
 
 @pytest.fixture
@@ -73,58 +165,76 @@ def trained(world: World) -> World:
     return world
 
 
-def test_a_result_holds_scores_chance_ranks_and_a_gallery_drawn_by_seed(trained: World) -> None:
-    result, path = evaluate_retrieval(trained.root / "run", [str(trained.shard)])
-    assert path.name == "retrieval-train.json"
-    written = json.loads(path.read_text())
-    assert (written["items"], written["captions"], written["pairs"]) == (28, 35, 35)
-    assert written["chance"]["r@1"] == pytest.approx((1 / 28 + (21 / 35 + 7 * 2 / 35) / 28) / 2, abs=0.01)
-    assert set(written["image_to_text"]) == {"r@1", "r@5", "r@10"}
-    assert len(written["ranks"]["image_to_text"]) == 28 and len(written["ranks"]["text_to_image"]) == 35
-    assert written["recipe"] == trained.recipe.fingerprint
-    assert len(written["gallery"]) == 12
-    for shown in written["gallery"]:
+def evaluate(
+    world: World, shard: Path | None = None, protocol: Protocol = "any-caption", **options: object
+) -> Result:
+    captioned = open_captioned([str(shard or world.shard)], Rejects(100))
+    trained = TrainedRun.open(world.root / "run", **options)  # type: ignore[arg-type]
+    return Retrieval("test", captioned, protocol).evaluate(trained)
+
+
+def test_a_result_holds_scores_chance_items_and_a_gallery_drawn_by_seed(trained: World) -> None:
+    result = evaluate(trained)
+    path = result.write(trained.root / "run" / "eval")
+    assert path.name == "retrieval-test-any-caption.json" and Result.read(path) == result
+    assert (result.details["images"], result.details["captions"]) == (28, 35)
+    score = result.scores["r@1_mean"]
+    assert score.chance == pytest.approx((1 / 28 + (21 / 35 + 7 * 2 / 35) / 28) / 2, abs=0.01)
+    assert score.low is not None and score.high is not None and score.low <= score.value <= score.high
+    assert len(result.items["r@5_image_to_text"].value) == 28
+    assert len(result.items["r@5_text_to_image"].value) == 35 == result.scores["r@5_text_to_image"].items
+    assert result.subject.recipe == trained.recipe.fingerprint and result.subject.step == 3
+    gallery = json.loads(path.read_text())["details"]["gallery"]
+    assert len(gallery) == 12
+    for shown in gallery:
         scores = [image["score"] for image in shown["images"]]
         assert len(scores) == 5 and scores == sorted(scores, reverse=True)
         number = int(shown["caption"].split()[-1])
         assert all(image["right"] == (image["sample"] == f"{number:04d}") for image in shown["images"])
-    assert evaluate_retrieval(trained.root / "run", [str(trained.shard)])[0].gallery == result.gallery
-    assert "image to text" in result.table() and "chance" in result.table()
+    assert evaluate(trained) == result
 
 
-def test_equal_captions_of_other_images_count_as_right(trained: World) -> None:
+def test_scores_and_features_do_not_depend_on_the_batch_size(trained: World) -> None:
+    whole = evaluate(trained, protocol="karpathy", batch_size=256)
+    for size in (1, 5, 27):
+        parts = evaluate(trained, protocol="karpathy", batch_size=size)
+        near = sum(whole.details["near_ties"].values())
+        assert near == 0  # otherwise such queries could differ
+        for name, score in whole.scores.items():
+            assert parts.scores[name].value == pytest.approx(score.value, abs=1e-4)
+
+
+def test_equal_captions_of_other_images_count_as_right_where_the_protocol_says_so(trained: World) -> None:
     shard = write_tar(
         trained.root / "twins.tar",
         [(str(i), png(i), {"caption": f"drawing number {i // 2}"}) for i in range(8)],
     )
-    result, _ = evaluate_retrieval(trained.root / "run", [str(shard)])
-    assert (result.items, result.captions, result.pairs) == (8, 4, 8)
-    assert result.text_to_image["r@10"] == 1.0
+    result = evaluate(trained, shard)
+    assert (result.details["images"], result.details["captions"]) == (8, 4)
+    assert result.scores["r@10_text_to_image"].value == 1.0
+    result = evaluate(trained, shard, "karpathy")
+    assert result.details["equal_caption_pairs"] == 4 and result.details["texts"] == 8
+    assert result.details["ties"]["image_to_text"] == 8
+    assert result.scores["r@1_image_to_text"].value == 0.0
 
 
 def test_a_broken_image_is_left_out_and_the_score_says_over_how_many_it_stands(trained: World) -> None:
     samples = [(str(i), png(i) if i else b"broken", {"caption": f"drawing number {i}"}) for i in range(6)]
     shard = write_tar(trained.root / "test-000.tar", samples)
-    result, path = evaluate_retrieval(trained.root / "run", [str(shard)])
-    assert path.name == "retrieval-test.json"
-    assert result.items == 5 and list(result.left_out) == [f"{shard}:0"]
-    assert {image["sample"] for shown in result.gallery for image in shown["images"]} == {
-        "1",
-        "2",
-        "3",
-        "4",
-        "5",
-    }
+    result = evaluate(trained, shard)
+    assert result.scores["r@1_image_to_text"].items == 5 and list(result.left_out) == [f"{shard}:0"]
+    shown = {image["sample"] for shown in result.details["gallery"] for image in shown["images"]}
+    assert shown == {"1", "2", "3", "4", "5"}
 
 
 def test_texts_of_another_recipe_or_not_in_the_cache_are_refused(trained: World) -> None:
     other = trained.recipe.model_copy(update={"pooling": "mean"})
     write_cache(trained.root / "other", other, Encoding(dimensions=24), trained.captions, trained.vectors)
     with pytest.raises(RecipeMismatch, match="pooling is 'last' in the training run and 'mean' in"):
-        evaluate_retrieval(trained.root / "run", [str(trained.shard)], cache=str(trained.root / "other"))
+        evaluate(trained, cache=str(trained.root / "other"))
     shard = write_tar(trained.root / "new.tar", [("0", png(0), {"caption": "never embedded"})])
     with pytest.raises(MissingCaptions, match=r"1 of 1 captions \('never embedded'\) are not in snapshot"):
-        evaluate_retrieval(trained.root / "run", [str(shard)])
+        evaluate(trained, shard)
 
 
 def test_a_checkpoint_that_makes_no_numbers_is_refused_by_name(
@@ -139,7 +249,7 @@ def test_a_checkpoint_that_makes_no_numbers_is_refused_by_name(
 
     monkeypatch.setattr(Checkpoint, "load_model", poisoned)
     with pytest.raises(LiftError, match="step-000003: it makes image vectors that are not finite"):
-        evaluate_retrieval(trained.root / "run", [str(trained.shard)])
+        evaluate(trained)
 
 
 def test_a_copied_run_is_evaluated_where_it_lies_now(trained: World) -> None:
@@ -148,6 +258,14 @@ def test_a_copied_run_is_evaluated_where_it_lies_now(trained: World) -> None:
     assert TrainedRun.open(copy).run == copy
 
 
-def test_a_name_cannot_lead_out_of_the_run(trained: World) -> None:
-    with pytest.raises(BadConfig, match="--name 'a/b' becomes part of a file name"):
-        evaluate_retrieval(trained.root / "run", [str(trained.shard)], name="a/b")
+def test_one_image_with_one_caption_finds_it() -> None:
+    class OneImage:
+        names = ("only",)
+
+        def __len__(self) -> int:
+            return 1
+
+    assert Captioned(OneImage(), [["a"]]).captions  # type: ignore[arg-type]
+    assert scores_of(np.ones((1, 2), np.float32), {"a": np.ones(2, np.float32)}, [["a"]], "karpathy") == {
+        f"r@{k}_{which}": 1.0 for k in CUTOFFS for which in ("image_to_text", "text_to_image", "mean")
+    }

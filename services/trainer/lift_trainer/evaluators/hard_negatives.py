@@ -19,8 +19,9 @@ import torch
 from lift_cache.errors import BadSource
 from lift_cache.keys import caption_keys
 from lift_trainer.evaluators.images import Images, encode
+from lift_trainer.evaluators.items import Items, mean
 from lift_trainer.evaluators.protocol import Encoder
-from lift_trainer.evaluators.result import Items, Result, mean, scored
+from lift_trainer.evaluators.result import Result, scored
 from lift_trainer.rejects import Rejects
 from lift_trainer.sampling import GALLERY, permutation
 
@@ -47,8 +48,6 @@ class HardNegatives:
     task: str
     name: str
     images: Images
-    names: Sequence[str]
-    """Of each image, wherever it lies."""
     choices: Mapping[str, Sequence[Choice]]
     max_bad: int = 0
     left_out: Mapping[str, str] | None = None
@@ -123,7 +122,7 @@ class HardNegatives:
         for task, choices in chosen.items():
             digest.update(f"\n{task}\n".encode())
             for choice in choices:
-                digest.update(self.names[choice.image].encode(errors="surrogateescape") + b"\0")
+                digest.update(self.images.names[choice.image].encode(errors="surrogateescape") + b"\0")
                 digest.update(keys[choice.caption] + keys[choice.negative])
         return digest.hexdigest()
 
@@ -137,16 +136,15 @@ def _items(
     tasks: Sequence[str], image: np.ndarray, group: np.ndarray, margin: np.ndarray
 ) -> dict[str, Items]:
     """By task; `mean` over the tasks' means, `item_mean` over all items."""
-    right = (margin > 0).astype(float)  # false for NaN: what cannot be compared is wrong
-
-    def some(which: np.ndarray) -> Items:
-        return Items(image=tuple(image[which].tolist()), value=tuple(right[which].tolist()))
-
-    every = some(np.full(len(image), True))
+    right = margin > 0  # false for NaN: what cannot be compared is wrong
     return {
-        **{task: some(group == g) for g, task in enumerate(tasks) if (group == g).any()},
-        "mean": every.model_copy(update={"group": tuple(group.tolist())}),
-        "item_mean": every,
+        **{
+            task: Items.of(image[group == g], right[group == g])
+            for g, task in enumerate(tasks)
+            if (group == g).any()
+        },
+        "mean": Items.of(image, right, group),
+        "item_mean": Items.of(image, right),
     }
 
 

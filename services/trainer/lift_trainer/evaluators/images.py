@@ -22,7 +22,15 @@ from lift_trainer.rejects import Rejects
 class Images(Protocol):
     """Encoded images by number: a sample index is one, a folder of files another."""
 
+    @property
+    def names(self) -> Sequence[str]:
+        """Of each, wherever the images lie."""
+        ...
+
     def __len__(self) -> int: ...
+
+    def shard(self, sample: int) -> str:
+        """The tar that holds an image, or its own path."""
 
     def where(self, sample: int) -> str:
         """What to call an image in messages."""

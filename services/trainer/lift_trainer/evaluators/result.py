@@ -1,7 +1,8 @@
 """What an evaluation says, in a form in which two of them can be compared item by item.
 
 A score is a mean over items (or over the means of groups of items, such as classes or tasks), and every item belongs
-to an image. Intervals come from resampling images, differences of two encoders from pairing their items.
+to an image. Intervals come from resampling images (`intervals`), differences of two encoders from pairing their items
+(`compare`).
 """
 
 from __future__ import annotations
@@ -11,11 +12,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from lift_cache.errors import BadSource
 from lift_cache.files import write_atomic
+from lift_trainer.evaluators.intervals import intervals
+from lift_trainer.evaluators.items import Items, mean
 
 VERSION = 1
 
@@ -37,24 +39,13 @@ class Subject(_Frozen):
     text_transform: str = "none"
 
 
-class Items(_Frozen):
-    """Every item of a score; lists of one length n."""
-
-    image: tuple[int, ...]
-    """Number of the image that the item is about: what intervals resample."""
-    value: tuple[float, ...]
-    """1.0 where the item was right, 0.0 where not, unless the score says otherwise."""
-    group: tuple[int, ...] | None = None
-    """Where the score is the unweighted mean over groups' means."""
-
-
 class Score(_Frozen):
     value: float
     items: int
     chance: float | None = None
     low: float | None = None
     high: float | None = None
-    """95 % interval, images resampled."""
+    """95 % interval, images resampled; None over fewer than two images."""
     blind: float | None = None
     """The same choices made for the mean training image instead of each image."""
 
@@ -101,30 +92,23 @@ class Result(_Frozen):
             raise BadSource(f"{path}: not JSON; evaluate again") from None
 
 
-def mean(items: Items) -> float:
-    """The score of some items. NaN without any."""
-    value = np.array(items.value)
-    if not len(value):
-        return float("nan")
-    if items.group is None:
-        return float(value.mean())
-    group = np.array(items.group)
-    return float(np.mean([value[group == g].mean() for g in np.unique(group)]))
-
-
 def scored(
     items: Mapping[str, Items],
     *,
     chance: Mapping[str, float] | None = None,
     blind: Mapping[str, float] | None = None,
 ) -> dict[str, Score]:
-    """The scores of items, by name, with what is known beside them."""
+    """The scores of items, by name, with what is known beside them; none of a name without items."""
+    between = intervals(items)
     return {
         name: Score(
             value=mean(some),
             items=len(some.value),
             chance=(chance or {}).get(name),
+            low=between[name].low if name in between else None,
+            high=between[name].high if name in between else None,
             blind=(blind or {}).get(name),
         )
         for name, some in items.items()
+        if some.value
     }

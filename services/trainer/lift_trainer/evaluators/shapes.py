@@ -15,6 +15,9 @@ from lift_trainer.evaluators.hard_negatives import Choice, HardNegatives
 from lift_trainer.rejects import Rejects
 from lift_trainer.samples import build_index
 
+SPLITS = ("test", "unseen")
+"""Held out by `lift-data shapes`."""
+
 TASKS = ("swap_att", "swap_obj", "replace_att", "replace_obj", "replace_rel")
 
 
@@ -41,9 +44,7 @@ def open_shapes(data: Sequence[str], name: str, *, max_bad: int = 0) -> HardNega
     found = {task: some for task, some in choices.items() if some}
     if not found:
         raise BadSource(f"{data[0]}: no sample has negatives; such shards are made by lift-data shapes")
-    return HardNegatives(
-        "shapes", name, index, [*index.names], found, max_bad=max_bad, left_out=rejects.named
-    )
+    return HardNegatives("shapes", name, index, found, max_bad=max_bad, left_out=rejects.named)
 
 
 def _negatives(record: bytes) -> dict[str, str]:

@@ -62,9 +62,10 @@ class TrainedRun:
         cache: str | None = None,
         server: str | None = None,
         batch_size: int = 256,
+        checkpoint: Checkpoint | None = None,
     ) -> TrainedRun:
-        """Load the newest whole checkpoint. Raises CacheNotFound, CacheDamaged, BadConfig."""
-        checkpoint, where = require_checkpoint(run), choose_device(device)
+        """Load a checkpoint; default: the newest whole one. Raises CacheNotFound, CacheDamaged, BadConfig."""
+        checkpoint, where = checkpoint or require_checkpoint(run), choose_device(device)
         widths = [text.dimensions for text in checkpoint.state.texts]
         model = build_model(checkpoint.state.config, widths, fetch=False)
         checkpoint.load_model(model)

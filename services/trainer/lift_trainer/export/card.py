@@ -8,9 +8,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from lift_cache.errors import BadSource
 from lift_trainer.checkpoint import transform_file
+from lift_trainer.evaluators.result import Result
+from lift_trainer.evaluators.table import table
 from lift_trainer.export.source import HEADS, Source, TextSide
-from lift_trainer.retrieval import RetrievalResult
 from lift_trainer.tensors import write_tensors
 from lift_trainer.text_towers import ClipTextTower
 
@@ -193,15 +195,12 @@ def _table(head: tuple[str, str], rows: dict[str, Any]) -> str:
 
 
 def _evaluations(source: Source) -> list[str]:
-    """Retrieval by this very checkpoint, where the run has been evaluated."""
-    shown = []
-    for file in sorted((source.run / "eval").glob("retrieval-*.json")) if source.run else []:
+    """Scores of this very checkpoint, where the run has been evaluated."""
+    results = []
+    for file in sorted((source.run / "eval").glob("*.json")) if source.run else []:
         try:
-            result = RetrievalResult(**json.loads(file.read_bytes()))
-        except (OSError, ValueError, TypeError):
-            print(f"left out of the card: {file} is no retrieval result", file=sys.stderr)
-            continue
-        if result.step == source.training.get("step"):
-            name = file.stem.removeprefix("retrieval-")
-            shown.append(f"Retrieval on `{name}` ({result.protocol}):\n\n```\n{result.table()}\n```")
-    return ["## Evaluation", *shown] if shown else []
+            results.append(Result.read(file))
+        except BadSource:
+            print(f"left out of the card: {file} is no result of lift-eval", file=sys.stderr)
+    shown = [table([result]) for result in results if result.subject.step == source.training.get("step")]
+    return ["## Evaluation", *(f"```\n{text}\n```" for text in shown)] if shown else []
