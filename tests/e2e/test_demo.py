@@ -57,7 +57,7 @@ def test_the_demo_ends_with_a_report_of_what_was_learned(made: Path) -> None:
     assert fill["rejected"] == 0
     for run in ("lift", "permuted"):
         scores = json.loads(next((made / run / "eval").glob("retrieval-*.json")).read_text())
-        assert scores["items"] == scores["captions"] == 191
+        assert scores["details"]["images"] == scores["details"]["captions"] == 191
     assert not verify(made / "cache").problems
 
 

@@ -28,7 +28,6 @@ from lift_trainer.sampling import GALLERY, permutation
 NEAR = 1e-5
 """Difference of two cosines that another batch size or device could turn around."""
 
-
 PAIRS = 64
 """Items of each task that a report can show."""
 
@@ -110,7 +109,7 @@ class HardNegatives:
             {
                 "score": task,
                 "item": item,
-                "image": {"sample": self.names[image], "shard": self.images.shard(image)},
+                "image": {"sample": self.images.names[image], "shard": self.images.shard(image)},
                 "captions": [caption, negative],
             }
             for item in permutation(len(choices), 0, GALLERY)[:PAIRS].tolist()

@@ -29,9 +29,6 @@ class Images(Protocol):
 
     def __len__(self) -> int: ...
 
-    def shard(self, sample: int) -> str:
-        """The tar that holds an image, or its own path."""
-
     def where(self, sample: int) -> str:
         """What to call an image in messages."""
 
