@@ -5,8 +5,10 @@ from __future__ import annotations
 import io
 import json
 import tarfile
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ import pytest
 import torch
 from PIL import Image
 
+from lift_cache import wire
 from lift_cache.bulk import write_cache
 from lift_cache.encoding import Encoding
 from lift_cache.recipe import Recipe
@@ -113,3 +116,66 @@ def world(tmp_path: Path, recipe: Recipe, vectors: Callable[..., np.ndarray]) ->
     return World(
         tmp_path, write_tar(tmp_path / "train-000.tar", samples), tmp_path / "cache", captions, made, recipe
     )
+
+
+NO_VECTOR = wire.RowError("vector_rejected", "the vector is zero")
+
+
+class Embedder:
+    """Speaks the embedder's protocol over HTTP; the vector of a caption is its length, repeated."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        embedder = self
+        self.embedded: list[str] = []
+        self.refused: set[str] = set()
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                encoding = Encoding(dimensions=recipe.dimensions)
+                self._answer(
+                    {
+                        "recipe": recipe.model_dump(mode="json"),
+                        "fingerprint": recipe.fingerprint,
+                        "encoding": encoding.model_dump(mode="json"),
+                        "rows": 0,
+                    }
+                )
+
+            def do_POST(self) -> None:
+                body = self.rfile.read(int(self.headers["content-length"]))
+                captions = [caption or "" for caption in wire.decode_request(body, most_rows=2048).captions]
+                embedder.embedded += captions
+                errors = {i: NO_VECTOR for i, caption in enumerate(captions) if caption in embedder.refused}
+                vectors = np.array([[len(caption)] * recipe.dimensions for caption in captions], np.float32)
+                none, three = np.zeros(len(captions), bool), np.full(len(captions), 3)
+                answer = wire.Answered(vectors, none, three, none, errors)
+                data = wire.encode_answer(answer, recipe=recipe.fingerprint, model=recipe.model)
+                self._send(wire.MIME, data)
+
+            def _answer(self, body: dict[str, Any]) -> None:
+                self._send("application/json", json.dumps(body).encode())
+
+            def _send(self, kind: str, data: bytes) -> None:
+                self.send_response(200)
+                self.send_header("content-type", kind)
+                self.send_header("content-length", str(len(data)))
+                self.end_headers()
+                self.wfile.write(data)
+
+            def log_message(self, *_: object) -> None:
+                pass
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.server.server_port}"
+        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+
+    def close(self) -> None:
+        self.server.shutdown()
+        self.server.server_close()
+
+
+@pytest.fixture
+def embedder(recipe: Recipe) -> Iterator[Embedder]:
+    embedder = Embedder(recipe)
+    yield embedder
+    embedder.close()

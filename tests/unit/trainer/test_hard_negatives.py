@@ -1,26 +1,42 @@
-"""Two-way choices between a caption and one that differs in one thing."""
+"""Two-way choices between a caption and one that differs in one thing: shapes and SugarCrepe."""
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
 import pytest
 
 from lift_cache.errors import BadSource
+from lift_trainer.evaluators.images import encode
 from lift_trainer.evaluators.result import Result
 from lift_trainer.evaluators.shapes import open_shapes
+from lift_trainer.evaluators.sugarcrepe import TASKS, open_sugarcrepe
+from lift_trainer.evaluators.tasks import ShapesTask
 from lift_trainer.evaluators.trained import TrainedRun
 from lift_trainer.job import prepare
 from lift_trainer.loop import train
+from lift_trainer.rejects import Rejects
+from lift_trainer.samples import build_index
 from tests.unit.trainer.conftest import World, png, write_tar
+from tests.unit.trainer.encoders import Known, numbered
+
+IMAGES = 12
 
 
 @pytest.fixture
-def trained(world: World) -> TrainedRun:
+def trained(world: World) -> World:
     train(prepare(world.config(epochs=30, precision="fp32", lr=3e-3)))
-    return TrainedRun.open(world.root / "run")
+    return world
 
 
-def test_a_trained_tower_prefers_its_captions_and_a_tie_is_wrong(world: World, trained: TrainedRun) -> None:
-    samples = [
+# ---------------------------------------------------------------------------------------------- shapes
+
+
+def with_negatives(root: Path, name: str = "negatives.tar") -> Path:
+    samples: list[tuple[str, bytes | None, object]] = [
         (
             str(i),
             png(i),
@@ -34,12 +50,16 @@ def test_a_trained_tower_prefers_its_captions_and_a_tie_is_wrong(world: World, t
         )
         for i in range(28)
     ]
-    samples.append(("plain", png(0), {"captions": ["drawing number 0"]}))
-    shard = write_tar(world.root / "negatives.tar", samples)
-    result = open_shapes([str(shard)], "test").evaluate(trained)
+    return write_tar(root / name, [*samples, ("plain", png(0), {"captions": ["drawing number 0"]})])
+
+
+def test_a_trained_tower_prefers_its_captions_and_a_tie_is_wrong(trained: World) -> None:
+    shard = with_negatives(trained.root)
+    result = open_shapes([str(shard)], "test").evaluate(TrainedRun.open(trained.root / "run"))
     scores = result.scores
     assert scores["swap_obj"].value > 0.8
     assert scores["swap_att"].value == 0.0
+    assert scores["mean"].value == scores["item_mean"].value == pytest.approx(scores["swap_obj"].value / 2)
     assert {name: score.items for name, score in scores.items()} == {
         "swap_att": 28,
         "swap_obj": 28,
@@ -47,17 +67,192 @@ def test_a_trained_tower_prefers_its_captions_and_a_tie_is_wrong(world: World, t
         "item_mean": 56,
     }
     assert result.details["ties"]["swap_att"] == result.details["equal_captions"]["swap_att"] == 28
-    assert scores["swap_att"].blind == 0.0 and scores["swap_obj"].blind is not None
-    assert Result.read(result.write(world.root / "run" / "eval")) == result
-    shown = result.details["pairs"]
-    assert len(shown) == 2 * 28
-    for pair in shown:
-        number = int(pair["image"]["sample"])
-        assert pair["image"]["shard"] == str(shard)
-        assert result.items[pair["score"]].image[pair["item"]] == number
-        assert pair["captions"][0] == f"drawing number {number}"
+    assert Result.read(result.write(trained.root / "run" / "eval")) == result
+
+
+def test_the_mean_of_the_training_images_is_computed_once_and_kept(
+    trained: World, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shapes = open_shapes([str(with_negatives(trained.root))], "test")
+    encoder = TrainedRun.open(trained.root / "run")
+    first = shapes.evaluate(encoder)
+    blind = first.scores["swap_obj"].blind
+    assert blind is not None and blind < first.scores["swap_obj"].value
+    mean, text = encoder.mean_image(), encoder.mean_text()
+    assert mean is not None and text is not None and mean.shape == text.shape == (24,)
+    trained.shard.rename(trained.root / "elsewhere.tar")
+    assert shapes.evaluate(TrainedRun.open(trained.root / "run")) == first
+    for kept in (trained.root / "run" / "eval").glob("mean-*"):
+        kept.unlink()
+    again = shapes.evaluate(TrainedRun.open(trained.root / "run"))
+    assert again.scores["swap_obj"].blind is None
+    assert "no mean over the training images: no such file" in capsys.readouterr().err
+
+
+def test_the_mean_is_that_of_the_checkpoint_and_of_the_training_images(trained: World) -> None:
+    encoder = TrainedRun.open(trained.root / "run")
+    x_nd, _ = encode(build_index([str(trained.shard)], Rejects(0)), encoder, Rejects(0))
+    mean = encoder.mean_image()
+    assert mean is not None
+    assert mean.numpy() == pytest.approx(x_nd.double().mean(0).numpy(), abs=1e-7)
+
+
+def test_both_held_out_splits_of_a_folder_are_evaluated(world: World) -> None:
+    with_negatives(world.root, "test-000.tar")
+    with_negatives(world.root, "unseen-000.tar")
+    opened = ShapesTask(data=[str(world.root)]).open()
+    assert [(evaluator.task, evaluator.name) for evaluator in opened] == [
+        ("shapes", "test"),
+        ("shapes", "unseen"),
+    ]
 
 
 def test_shards_without_negatives_are_refused(world: World) -> None:
     with pytest.raises(BadSource, match="no sample has negatives"):
         open_shapes([str(world.shard)], "test")
+
+
+# ---------------------------------------------------------------------------------------------- SugarCrepe
+
+
+def items_of(generator: np.random.Generator, task: str, count: int) -> dict[str, dict[str, str]]:
+    """As published: index → filename, caption, negative_caption."""
+    return {
+        str(i): {
+            "filename": f"{generator.integers(IMAGES):012}.jpg",
+            "caption": f"{task} {i}",
+            "negative_caption": f"not {task} {i}",
+        }
+        for i in range(count)
+    }
+
+
+def write_sugarcrepe(root: Path, items: dict[str, dict[str, dict[str, str]]]) -> tuple[Path, Path]:
+    data, images = root / "data", root / "val2017"
+    data.mkdir()
+    images.mkdir()
+    for task, some in items.items():
+        (data / f"{task}.json").write_text(json.dumps(some))
+    for i in range(IMAGES):
+        (images / f"{i:012}.jpg").write_bytes(numbered(i))
+    return data, images
+
+
+def published(generator: np.random.Generator) -> dict[str, dict[str, dict[str, str]]]:
+    return {task: items_of(generator, task, 3 + 4 * n) for n, task in enumerate(TASKS)}
+
+
+def known(
+    items: dict[str, dict[str, dict[str, str]]], generator: np.random.Generator, **options: Any
+) -> Known:
+    texts = [
+        item[field]
+        for some in items.values()
+        for item in some.values()
+        for field in ("caption", "negative_caption")
+    ]
+    # Small integers: exact in float32, and often tied.
+    vectors = generator.integers(-2, 3, (len(texts), 3)).astype(np.float32)
+    images = generator.integers(-2, 3, (IMAGES, 3)).astype(np.float32)
+    return Known(images, dict(zip(texts, vectors, strict=True)), **options)
+
+
+def by_hand(encoder: Known, some: dict[str, dict[str, str]], blind: bool = False) -> list[bool]:
+    right = []
+    for item in some.values():
+        x = encoder.mean if blind else encoder.images[int(item["filename"][:-4])]
+        assert x is not None
+        own, other = (
+            float(np.dot(x.astype(np.float64), encoder.texts[item[field]].astype(np.float64)))
+            for field in ("caption", "negative_caption")
+        )
+        right.append(own > other)
+    return right
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_sugarcrepe_equals_a_count_by_hand_with_ties(tmp_path: Path, seed: int) -> None:
+    generator = np.random.default_rng(seed)
+    items = published(generator)
+    encoder = known(items, generator, mean=np.array([1, 0, -1], np.float32))
+    result = open_sugarcrepe(*write_sugarcrepe(tmp_path, items), "coco").evaluate(encoder)
+    right = {task: by_hand(encoder, some) for task, some in items.items()}
+    blind = {task: by_hand(encoder, some, blind=True) for task, some in items.items()}
+    for task in TASKS:
+        assert result.scores[task].value == pytest.approx(np.mean(right[task]), abs=1e-9)
+        assert result.scores[task].blind == pytest.approx(np.mean(blind[task]), abs=1e-9)
+        assert result.scores[task].items == len(items[task])
+    means = [np.mean(right[task]) for task in TASKS]
+    assert result.scores["mean"].value == pytest.approx(np.mean(means), abs=1e-9)
+    every = [value for task in TASKS for value in right[task]]
+    assert result.scores["item_mean"].value == pytest.approx(np.mean(every), abs=1e-9)
+    assert result.scores["mean"].blind == pytest.approx(
+        np.mean([np.mean(blind[task]) for task in TASKS]), abs=1e-9
+    )
+    assert sum(result.details["ties"].values()) > 0
+
+
+def test_vectors_that_are_no_numbers_are_wrong(tmp_path: Path) -> None:
+    generator = np.random.default_rng(0)
+    items = published(generator)
+    encoder = known(items, generator)
+    encoder.images[:] = np.nan
+    result = open_sugarcrepe(*write_sugarcrepe(tmp_path, items), "coco").evaluate(encoder)
+    assert {score.value for score in result.scores.values()} == {0.0}
+    assert {score.blind for score in result.scores.values()} == {None}
+
+
+def test_a_missing_image_is_named_and_the_scores_say_over_how_many_items_they_stand(tmp_path: Path) -> None:
+    generator = np.random.default_rng(1)
+    items = published(generator)
+    data, images = write_sugarcrepe(tmp_path, items)
+    (images / f"{3:012}.jpg").unlink()
+    (images / f"{4:012}.jpg").write_bytes(b"broken")
+    result = open_sugarcrepe(data, images, "coco").evaluate(known(items, generator))
+    gone = {f"{3:012}.jpg", f"{4:012}.jpg"}
+    assert {Path(place).name for place in result.left_out} == gone
+    assert result.left_out[str(images / f"{3:012}.jpg")] == "No such file or directory"
+    left = [item for some in items.values() for item in some.values() if item["filename"] not in gone]
+    assert result.scores["item_mean"].items == len(left)
+    assert sum(result.details["of"].values()) == sum(map(len, items.values())) > len(left)
+    with pytest.raises(BadSource, match="2 broken samples, more than --max-bad 1"):
+        open_sugarcrepe(data, images, "coco", max_bad=1).evaluate(known(items, generator))
+
+
+def test_captions_that_are_equal_after_normalisation_are_counted_and_wrong(tmp_path: Path) -> None:
+    generator = np.random.default_rng(2)
+    items = published(generator)
+    items["add_obj"]["0"] |= {"caption": "a  dog", "negative_caption": "a dog "}
+    encoder = known(items, generator)
+    encoder.texts = {**encoder.texts, "a dog": np.ones(3, np.float32)}
+    result = open_sugarcrepe(*write_sugarcrepe(tmp_path, items), "coco").evaluate(encoder)
+    assert result.details["equal_captions"]["add_obj"] == 1
+    assert result.items["add_obj"].value[0] == 0.0
+
+
+def test_files_of_another_shape_are_one_clear_line(tmp_path: Path) -> None:
+    items = published(np.random.default_rng(0))
+    data, images = write_sugarcrepe(tmp_path, items)
+
+    def refusal() -> str:
+        with pytest.raises(BadSource) as refused:
+            open_sugarcrepe(data, images, "coco")
+        assert "\n" not in str(refused.value)
+        return str(refused.value)
+
+    file = data / "swap_obj.json"
+    file.write_text(json.dumps({"0": {"filename": "a.jpg", "caption": "a"}}))
+    assert (
+        f"{file} is not a task of SugarCrepe" in refusal()
+        and "0.negative_caption: Field required" in refusal()
+    )
+    file.write_text("[]")
+    assert "valid dictionary" in refusal()
+    file.write_text("{")
+    assert refusal() == f"{file}: not JSON"
+    file.write_text(json.dumps({"0": {"filename": "a.jpg", "caption": " ", "negative_caption": "b"}}))
+    assert f"{file}: item 0: the caption is empty" in refusal()
+    file.unlink()
+    assert refusal() == f"{file}: No such file or directory"
+    with pytest.raises(BadSource, match="no such folder; --images names the folder of COCO val2017"):
+        open_sugarcrepe(data, tmp_path / "none", "coco")

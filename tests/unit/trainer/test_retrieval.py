@@ -19,6 +19,7 @@ from lift_cache.encoding import Encoding
 from lift_cache.errors import LiftError, MissingCaptions, RecipeMismatch
 from lift_trainer.checkpoint import Checkpoint
 from lift_trainer.evaluators.captioned import Captioned, open_captioned
+from lift_trainer.evaluators.images import encode
 from lift_trainer.evaluators.items import mean
 from lift_trainer.evaluators.result import Result
 from lift_trainer.evaluators.retrieval import (
@@ -35,6 +36,7 @@ from lift_trainer.evaluators.trained import TrainedRun
 from lift_trainer.job import prepare
 from lift_trainer.loop import train
 from lift_trainer.rejects import Rejects
+from lift_trainer.samples import build_index
 from tests.unit.trainer.conftest import World, png, write_tar
 
 PROTOCOLS: tuple[Protocol, ...] = ("karpathy", "lift", "any-caption")
@@ -196,7 +198,17 @@ def test_a_result_holds_scores_chance_items_and_a_gallery_drawn_by_seed(trained:
 
 def test_scores_and_features_do_not_depend_on_the_batch_size(trained: World) -> None:
     whole = evaluate(trained, protocol="karpathy", batch_size=256)
+    index = build_index([str(trained.shard)], Rejects(0))
+
+    def vectors(size: int) -> tuple[torch.Tensor, torch.Tensor]:
+        encoder = TrainedRun.open(trained.root / "run", batch_size=size)
+        by = encoder.features
+        return encode(index, encoder, Rejects(0))[0], encode(index, encoder, Rejects(0), by=by)[0]
+
+    expected = vectors(256)
     for size in (1, 5, 27):
+        for found, wanted in zip(vectors(size), expected, strict=True):
+            assert torch.allclose(found, wanted, rtol=0, atol=1e-5)
         parts = evaluate(trained, protocol="karpathy", batch_size=size)
         near = sum(whole.details["near_ties"].values())
         assert near == 0  # otherwise such queries could differ

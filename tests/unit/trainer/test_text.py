@@ -2,18 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import pickle
 import shutil
-import threading
-from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Any
 
 import numpy as np
 import pytest
 
-from lift_cache import wire
 from lift_cache.bulk import write_cache
 from lift_cache.encoding import Encoding
 from lift_cache.errors import BadCaption, BadSource, MissingCaptions, RecipeMismatch
@@ -22,7 +16,7 @@ from lift_trainer.rejects import Rejects
 from lift_trainer.samples import Index, build_index
 from lift_trainer.text import HashedText, TokenText, open_texts
 from lift_trainer.text_towers import Tokenizer
-from tests.unit.trainer.conftest import World, open_text, png, write_tar
+from tests.unit.trainer.conftest import Embedder, World, open_text, png, write_tar
 
 
 @pytest.fixture
@@ -39,69 +33,6 @@ def larger(world: World) -> Index:
     ]
     extra = write_tar(world.root / "extra.tar", samples)
     return build_index([str(world.shard), str(extra)], Rejects(0))
-
-
-NO_VECTOR = wire.RowError("vector_rejected", "the vector is zero")
-
-
-class Embedder:
-    """Speaks the embedder's protocol over HTTP; the vector of a caption is its length, repeated."""
-
-    def __init__(self, recipe: Recipe) -> None:
-        embedder = self
-        self.embedded: list[str] = []
-        self.refused: set[str] = set()
-
-        class Handler(BaseHTTPRequestHandler):
-            def do_GET(self) -> None:
-                encoding = Encoding(dimensions=recipe.dimensions)
-                self._answer(
-                    {
-                        "recipe": recipe.model_dump(mode="json"),
-                        "fingerprint": recipe.fingerprint,
-                        "encoding": encoding.model_dump(mode="json"),
-                        "rows": 0,
-                    }
-                )
-
-            def do_POST(self) -> None:
-                body = self.rfile.read(int(self.headers["content-length"]))
-                captions = [caption or "" for caption in wire.decode_request(body, most_rows=2048).captions]
-                embedder.embedded += captions
-                errors = {i: NO_VECTOR for i, caption in enumerate(captions) if caption in embedder.refused}
-                vectors = np.array([[len(caption)] * recipe.dimensions for caption in captions], np.float32)
-                none, three = np.zeros(len(captions), bool), np.full(len(captions), 3)
-                answer = wire.Answered(vectors, none, three, none, errors)
-                data = wire.encode_answer(answer, recipe=recipe.fingerprint, model=recipe.model)
-                self._send(wire.MIME, data)
-
-            def _answer(self, body: dict[str, Any]) -> None:
-                self._send("application/json", json.dumps(body).encode())
-
-            def _send(self, kind: str, data: bytes) -> None:
-                self.send_response(200)
-                self.send_header("content-type", kind)
-                self.send_header("content-length", str(len(data)))
-                self.end_headers()
-                self.wfile.write(data)
-
-            def log_message(self, *_: object) -> None:
-                pass
-
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self.server.server_port}"
-        threading.Thread(target=self.server.serve_forever, daemon=True).start()
-
-    def close(self) -> None:
-        self.server.shutdown()
-        self.server.server_close()
-
-
-@pytest.fixture
-def embedder(recipe: Recipe) -> Iterator[Embedder]:
-    embedder = Embedder(recipe)
-    yield embedder
-    embedder.close()
 
 
 def test_each_caption_gets_the_vector_that_was_stored_for_it(world: World, index: Index) -> None:

@@ -81,7 +81,7 @@ def results_of(place: Path) -> list[Result]:
     """What is in a result file, in RUN/eval, or in a folder of results. Raises BadSource: nothing is."""
     if place.is_file():
         return [Result.read(place)]
-    folder = place / "eval" if (place / "eval").is_dir() else place
+    folder = place / "eval" if (place / "checkpoints").is_dir() else place
     found = sorted(folder.glob("*.json"))
     if not found:
         raise BadSource(f"{place} has no evaluation; first: lift-eval TASK --run {place} …")
