@@ -57,6 +57,9 @@ Ask = Callable[[bytes], bytes]
 HELD_ROWS = 20_480
 """Captions in the cache before anything is measured."""
 
+IDLE_SECONDS = 2.0
+"""A connection that waited longer, while another server had its turn, may be closed by its server (after 5 s)."""
+
 JSON = "application/json"
 
 app = App(help=__doc__, help_format="plaintext")
@@ -191,11 +194,16 @@ def filled(stage: Stage, count: int, pairs: Sequence[tuple[Filled, Filled]], oth
 def connection(port: int, path: str, kind: str) -> Iterator[Ask]:
     """A connection that is kept; asking takes as little from the server's cores as Python can."""
     with contextlib.closing(http.client.HTTPConnection("127.0.0.1", port, timeout=60)) as kept:
+        asked = time.monotonic()
 
         def ask(body: bytes) -> bytes:
+            nonlocal asked
+            if time.monotonic() - asked > IDLE_SECONDS:
+                kept.close()  # and opened again by the request
             kept.request("POST", path, body, {"Content-Type": kind})
             answer = kept.getresponse()
             content = answer.read()
+            asked = time.monotonic()
             assert answer.status == 200, content
             return content
 
