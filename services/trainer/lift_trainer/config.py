@@ -243,7 +243,10 @@ class TrainConfig(BaseModel):
         None, gt=0, description="Steps between two scorings. Default with --eval-data: every 1,000."
     )
     evaluators: Annotated[list[str], Parameter(group=WATCH, consume_multiple=True, negative_iterable=())] = (
-        Field([], description="Further scores of the held-out data: retrieval.")
+        Field(
+            [],
+            description="Further scores: retrieval (of the held-out data), or a suite file as for lift-eval suite.",
+        )
     )
     best: Annotated[str, _flag(WATCH)] = Field(
         "loss", description="Held-out score by which the best checkpoint is kept."

@@ -11,11 +11,9 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import random
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -27,8 +25,11 @@ import torch
 from lift_cache.errors import BadConfig, BadSource, CacheDamaged
 from lift_cache.files import write_atomic
 from lift_trainer.distributed import alone
+from lift_trainer.evaluators.images import central_views
+from lift_trainer.evaluators.live import LiveRun
 from lift_trainer.evaluators.retrieval import CUTOFFS, DIRECTIONS, rank
-from lift_trainer.images import GIB, BadImage, ImageStore, center_view
+from lift_trainer.evaluators.tasks import is_suite, open_tasks, read_suite
+from lift_trainer.images import GIB
 from lift_trainer.model import transformed
 from lift_trainer.rejects import Rejects
 from lift_trainer.samples import Index, build_index
@@ -38,6 +39,7 @@ from lift_trainer.transform import TextTransform
 
 if TYPE_CHECKING:
     from lift_trainer.config import TrainConfig
+    from lift_trainer.evaluators.protocol import Evaluator as SuiteEvaluator
     from lift_trainer.job import Job
     from lift_trainer.losses import Loss
     from lift_trainer.model import LiftModel
@@ -131,6 +133,32 @@ BETTER: dict[str, Better] = IN_BATCHES | {
 """Every score there can be, and which of two values is the better one."""
 
 
+@dataclass(frozen=True)
+class Suite:
+    """What `lift-eval suite` would evaluate, opened once, and the job's model as it is at the time."""
+
+    evaluators: Sequence[SuiteEvaluator]
+    encoder: LiveRun
+
+    @classmethod
+    def open(cls, job: Job) -> Suite | None:
+        """The suite files among `--evaluators`. Raises LiftError: data that cannot be used."""
+        files = [name for name in job.config.evaluators if is_suite(name)]
+        if not files:
+            return None
+        opened = open_tasks([task for file in files for task in read_suite(Path(file))])
+        return cls(opened, LiveRun.open(job))
+
+    def scores(self) -> Scores:
+        """`TASK-NAME-PROTOCOL/SCORE`, as the files of `lift-eval` are called."""
+        results = [evaluator.evaluate(self.encoder) for evaluator in self.evaluators]
+        return {
+            f"{result.stem}/{name}": score.value
+            for result in results
+            for name, score in result.scores.items()
+        }
+
+
 # ---------------------------------------------------------------------------------------------- scores
 
 
@@ -150,6 +178,7 @@ class HeldOut:
         max_pixels: int,
         positives: int = 1,
         evaluators: Sequence[str] = (),
+        suite: Suite | None = None,
         memory: float = 0.0,
     ) -> None:
         """
@@ -159,14 +188,15 @@ class HeldOut:
             rejects: takes the images that cannot be read.
             batch_size: of the loss; fewer images are one batch.
             positives: captions of an image that the loss sees at once, at most.
+            suite: further tasks, each with data of its own.
             memory: GiB within which decoded images (states of a frozen tower) are kept for the next time.
         """
         self.index, self.texts, self.rejects, self.device = index, tuple(texts), rejects, device
         self.transforms = tuple(transform.to(device) for transform in transforms)
         self.batch_size = min(batch_size, len(index))
-        self.image_size, self.positives, self.evaluators = image_size, positives, tuple(evaluators)
+        self.image_size, self.max_pixels, self.positives = image_size, max_pixels, positives
+        self.evaluators, self.suite = tuple(evaluators), suite
         self._memory = memory * GIB
-        self._images = ImageStore(index, max_pixels)
         self._order = permutation(len(index), FIXED, ORDER)
         self._kept: list[tuple[np.ndarray, torch.Tensor]] = []
 
@@ -190,7 +220,8 @@ class HeldOut:
             image_size=config.image_size,
             max_pixels=config.max_pixels,
             positives=job.captions.width(index.most_captions),
-            evaluators=config.evaluators,
+            evaluators=[name for name in config.evaluators if not is_suite(name)],
+            suite=Suite.open(job),
             memory=config.cache_images,
         )
 
@@ -226,6 +257,8 @@ class HeldOut:
             scores = self._in_batches(model.loss, encoded)
             for name in self.evaluators:
                 scores |= {f"{name}/{score}": value for score, value in EVALUATORS[name](encoded).items()}
+            if self.suite:
+                scores |= self.suite.scores()
         return scores
 
     def _in_batches(self, loss: Loss, encoded: Encoded) -> Scores:
@@ -295,7 +328,9 @@ class HeldOut:
             yield from ((samples, inputs.to(self.device)) for samples, inputs in self._kept)
             return
         kept: list[tuple[np.ndarray, torch.Tensor]] | None = []
-        for samples, views in self._views():
+        for samples, views in central_views(
+            self.index, self._order, self.image_size, self.max_pixels, CHUNK, self.rejects
+        ):
             inputs = views.to(self.device)
             if model.tower.frozen:
                 inputs = model.tower.features(inputs)
@@ -306,27 +341,6 @@ class HeldOut:
                 kept = None
             yield samples, inputs
         self._kept = kept or []
-
-    def _views(self) -> Iterator[tuple[np.ndarray, torch.Tensor]]:
-        """(samples int64 [k], central views uint8 [k, 3, S, S]): one chunk is read while another is in use."""
-        chunks = [self._order[start : start + CHUNK] for start in range(0, len(self._order), CHUNK)]
-        with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
-            reading = pool.map(self._view, chunks[0].tolist())
-            for chunk, following in zip(chunks, [*chunks[1:], chunks[0][:0]], strict=True):
-                found, reading = list(reading), pool.map(self._view, following.tolist())
-                readable = np.array([not isinstance(view, str) for view in found])
-                for sample, view in zip(chunk.tolist(), found, strict=True):
-                    if isinstance(view, str):
-                        self.rejects.add(self.index.where(sample), view)
-                if readable.any():
-                    yield chunk[readable], torch.stack([view for view in found if not isinstance(view, str)])
-
-    def _view(self, sample: int) -> torch.Tensor | str:
-        """uint8 [3, S, S], or why there is none."""
-        try:
-            return center_view(self._images.pixels(sample), self.image_size)
-        except BadImage as error:
-            return str(error)
 
 
 def _open_data(job: Job, rejects: Rejects) -> tuple[Index, tuple[TextVectors, ...]]:
@@ -391,10 +405,12 @@ def _undisturbed(model: LiftModel, device: torch.device) -> Iterator[None]:
 
 
 def require_scores(config: TrainConfig) -> None:
-    """Raises BadConfig: no such evaluator, or no such score for --best."""
+    """Raises BadConfig: no such evaluator, a suite that cannot be read, or no such score for --best."""
     for name in config.evaluators:
-        if name not in EVALUATORS:
-            raise BadConfig(f"--evaluators {name}: there is {', '.join(EVALUATORS)}")
+        if is_suite(name):
+            read_suite(Path(name))
+        elif name not in EVALUATORS:
+            raise BadConfig(f"--evaluators {name}: there is {', '.join(EVALUATORS)}, or a suite file (.yaml)")
     if config.eval_data:
         _require_score(config.best, config.evaluators)
 

@@ -22,6 +22,7 @@ from lift_trainer import heldout
 from lift_trainer.distributed import mean, world_size
 from lift_trainer.evaluators.captioned import open_captioned
 from lift_trainer.evaluators.retrieval import CUTOFFS, DIRECTIONS, Retrieval
+from lift_trainer.evaluators.tasks import open_tasks, read_suite
 from lift_trainer.evaluators.trained import TrainedRun
 from lift_trainer.heads import BatchNorm, HeadName
 from lift_trainer.heldout import BETTER, EVALUATORS, Best, HeldOut
@@ -319,6 +320,33 @@ def test_retrieval_says_what_lift_eval_says_of_the_checkpoint(world: World) -> N
     assert str(HeldOut.open(prepare(config))) == "28 images, 35 distinct captions, in batches of 8"
 
 
+def test_a_suite_is_scored_on_the_way_as_afterwards_and_training_does_not_notice(world: World) -> None:
+    samples = [
+        (
+            f"{i}",
+            png(i),
+            {"captions": [world.captions[i]], "negatives": {"swap_obj": world.captions[(i + 9) % 28]}},
+        )
+        for i in range(28)
+    ]
+    shard = write_tar(world.root / "negatives.tar", samples)
+    suite = world.root / "suite.yaml"
+    suite.write_text(
+        f"- {{task: shapes, data: {shard}, name: test}}\n- {{task: retrieval, data: {world.shard}, protocol: lift}}\n"
+    )
+    watched = {"eval_data": [str(world.shard)], "eval_every": 5, "evaluators": ["retrieval", str(suite)]}
+    train(prepare(world.config("run", epochs=4, precision="fp32", **watched)))
+    train(prepare(world.config("plain", epochs=4, precision="fp32")))
+    models = [TrainedRun.open(world.root / name, "cpu").model.state_dict() for name in ("run", "plain")]
+    assert all(torch.equal(models[0][name], models[1][name]) for name in models[0])
+    scores = scored(world, "run")[12]
+    for evaluator in open_tasks(read_suite(suite)):
+        result = evaluator.evaluate(TrainedRun.open(world.root / "run", "cpu"))
+        for name, score in result.scores.items():
+            assert scores[f"{result.stem}/{name}"] == pytest.approx(score.value)
+    assert "shapes-test-two-way/swap_obj" in scores and "retrieval-train-lift/r@1_mean" in scores
+
+
 def test_every_score_is_known_to_be_better_high_or_low(data: Data) -> None:
     assert set(data.held_out(evaluators=list(EVALUATORS)).scores(build())) == set(BETTER)
 
@@ -363,7 +391,8 @@ def test_a_broken_held_out_image_is_named_once_and_left_out(
 
 def test_an_evaluator_or_score_that_does_not_exist_is_one_line(world: World) -> None:
     for changes, message in (
-        ({"evaluators": ["zeroshot"]}, "--evaluators zeroshot: there is retrieval"),
+        ({"evaluators": ["zeroshot"]}, "--evaluators zeroshot: there is retrieval, or a suite file"),
+        ({"evaluators": ["none.yaml"]}, "suite none.yaml: .*No such file"),
         ({"best": "accuracy"}, "--best accuracy: there is no such held-out score; there are loss, r@1_image"),
         ({"best": "retrieval/r@1_image_to_text"}, "is a score of --evaluators retrieval: give that too"),
     ):

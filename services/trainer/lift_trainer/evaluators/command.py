@@ -16,11 +16,11 @@ from cyclopts.types import PositiveInt
 from lift_cache.errors import BadConfig
 from lift_cache.terminal import run_command
 from lift_trainer.config import RUN, TEXT
-from lift_trainer.evaluators.tasks import TASKS, Task, read_suite
+from lift_trainer.evaluators.tasks import TASKS, Task, open_tasks, read_suite
 from lift_trainer.loading import loading
 
 if TYPE_CHECKING:
-    from lift_trainer.evaluators.protocol import Encoder, Evaluator
+    from lift_trainer.evaluators.protocol import Encoder
     from lift_trainer.evaluators.result import Result
 
 INTERRUPTED = "what was written stays; the same command starts anew"
@@ -165,8 +165,7 @@ def _evaluate(tasks: Sequence[Task], subjects: Subjects, as_json: bool) -> int:
         from lift_trainer.evaluators.table import distinct_names, table
 
     openers = subjects.openers()
-    evaluators = [evaluator for task in tasks for evaluator in task.open()]
-    _require_distinct(evaluators)
+    evaluators = open_tasks(tasks)
     results: list[Result] = []
     folders = [folder for _, folder in openers]
     for open_encoder, folder in openers:
@@ -190,19 +189,6 @@ def _evaluate(tasks: Sequence[Task], subjects: Subjects, as_json: bool) -> int:
         print(table(shown))
     print(f"next: lift-report {' '.join(str(folder.parent) for folder in folders)}", file=sys.stderr)
     return 0
-
-
-def _require_distinct(evaluators: Sequence[Evaluator]) -> None:
-    """Raises BadConfig: one result would be written over another."""
-    seen = set()
-    for evaluator in evaluators:
-        named = (evaluator.task, evaluator.name, evaluator.protocol)
-        if named in seen:
-            raise BadConfig(
-                f"two tasks {evaluator.task} ({evaluator.protocol}) are on data named {evaluator.name}; "
-                "name them apart with --name"
-            )
-        seen.add(named)
 
 
 def _compare(places: Sequence[Path], as_json: bool) -> int:

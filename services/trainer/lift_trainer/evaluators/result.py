@@ -70,10 +70,15 @@ class Result(_Frozen):
     details: dict[str, Any] = {}
     """What only this task knows: ties, gallery, distances."""
 
+    @property
+    def stem(self) -> str:
+        """TASK-NAME-PROTOCOL: of the file, and of what tells apart the results of one encoder."""
+        return f"{self.task}-{self.name}-{self.protocol}"
+
     def write(self, directory: Path) -> Path:
         """Write `DIRECTORY/TASK-NAME-PROTOCOL.json`. Raises CacheFull, StorageFailed."""
         directory.mkdir(parents=True, exist_ok=True)
-        path = directory / f"{self.task}-{self.name}-{self.protocol}.json"
+        path = directory / f"{self.stem}.json"
         write_atomic(path, (self.model_dump_json() + "\n").encode())
         return path
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from cyclopts import Parameter
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
 from lift_cache.errors import BadConfig
 from lift_trainer.config import DATA
@@ -45,6 +45,12 @@ class Task(BaseModel, ABC):
     max_bad: MaxBad = Field(
         100, ge=0, description="Stop when more images than this are broken; each one is named and left out."
     )
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _one_or_several(cls, value: object, info: ValidationInfo) -> object:
+        several = info.field_name and cls.model_fields[info.field_name].annotation == list[str]
+        return [value] if several and isinstance(value, str) else value
 
     @abstractmethod
     def open(self) -> list[Evaluator]:
@@ -83,11 +89,6 @@ class RetrievalTask(Task):
         [], description="Fields or columns that hold the captions."
     )
     seed: Annotated[int, _field()] = Field(0, ge=0, description="Which captions the gallery shows.")
-
-    @field_validator("data", "caption_field", mode="before")
-    @classmethod
-    def _one_or_several(cls, value: object) -> object:
-        return [value] if isinstance(value, str) else value
 
     def open(self) -> list[Evaluator]:
         from lift_trainer.evaluators.captioned import name_of, open_captioned
@@ -170,9 +171,26 @@ def read_suite(path: Path) -> list[Task]:
         raise BadConfig(f"suite {path}: {' '.join(str(error).split())}") from None
     if not isinstance(written, list) or not written:
         raise BadConfig(f"suite {path}: no list of tasks; begin each with a line such as `- task: retrieval`")
-    tasks = [_task(f"suite {path}, task {number}", fields) for number, fields in enumerate(written, 1)]
-    _require_distinct(path, tasks)
-    return tasks
+    return [_task(f"suite {path}, task {number}", fields) for number, fields in enumerate(written, 1)]
+
+
+def is_suite(name: str) -> bool:
+    return name.endswith((".yaml", ".yml"))
+
+
+def open_tasks(tasks: Sequence[Task]) -> list[Evaluator]:
+    """Raises BadConfig: one result would be written over another. LiftError: data that cannot be used."""
+    evaluators = [evaluator for task in tasks for evaluator in task.open()]
+    seen = set()
+    for evaluator in evaluators:
+        named = (evaluator.task, evaluator.name, evaluator.protocol)
+        if named in seen:
+            raise BadConfig(
+                f"two tasks {evaluator.task} ({evaluator.protocol}) are on data named {evaluator.name}; "
+                "name them apart with `name`"
+            )
+        seen.add(named)
+    return evaluators
 
 
 def _task(where: str, fields: object) -> Task:
@@ -186,13 +204,3 @@ def _task(where: str, fields: object) -> Task:
         first = error.errors()[0]
         field = ".".join(str(part) for part in first["loc"])
         raise BadConfig(f"{where} ({kind.task}): {field}: {first['msg']}") from None
-
-
-def _require_distinct(path: Path, tasks: Sequence[Task]) -> None:
-    """Results with one name would be written over each other; unnamed ones are told apart when they are opened."""
-    seen = set()
-    for task in tasks:
-        named = (task.task, task.name, getattr(task, "protocol", None))
-        if task.name and named in seen:
-            raise BadConfig(f"suite {path}: two tasks {task.task} are named {task.name}")
-        seen.add(named)

@@ -13,24 +13,18 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 
-from lift_cache.errors import BadConfig, LiftError
+from lift_cache.errors import LiftError
 from lift_cache.files import write_atomic
-from lift_cache.keys import normalise
-from lift_cache.reader import CacheReader
 from lift_trainer.checkpoint import MODEL, Checkpoint, require_checkpoint
-from lift_trainer.config import TextShape
 from lift_trainer.evaluators.images import encode
 from lift_trainer.evaluators.result import Subject
+from lift_trainer.evaluators.texts import RunTexts
 from lift_trainer.job import choose_device, open_training_texts
 from lift_trainer.model import LiftModel, build_model
 from lift_trainer.rejects import Rejects
-from lift_trainer.samples import Index, build_index, captions_only
+from lift_trainer.samples import Index, build_index
 from lift_trainer.sampling import ORDER, permutation
-from lift_trainer.text import Control, TextVectors, TokenText, open_texts
 from lift_trainer.transform import TextTransform
-
-TEXTS = 1024
-"""At a time."""
 
 MEAN_OF = 4096
 """Training images whose mean stands for that of all, drawn once for ever."""
@@ -48,9 +42,8 @@ class TrainedRun:
     """Of the first cache, whose texts a run is evaluated with; None where a text transformer was trained."""
     device: torch.device
     cache: str | None = None
-    """With the captions; None: the run's own."""
     server: str | None = None
-    """Embedder for what the cache lacks; it is kept in RUN/eval, so that the next evaluation embeds nothing."""
+    """See `RunTexts`."""
     batch_size: int = 256
 
     @classmethod
@@ -81,6 +74,20 @@ class TrainedRun:
             batch_size,
         )
 
+    @cached_property
+    def texts(self) -> RunTexts:
+        state = self.checkpoint.state
+        return RunTexts(
+            self.run,
+            state.config,
+            state.recipe,
+            self.model.texts[0],
+            self.transform,
+            self.device,
+            self.cache,
+            self.server,
+        )
+
     @property
     def image_size(self) -> int:
         return self.checkpoint.state.config.image_size
@@ -89,15 +96,15 @@ class TrainedRun:
     def max_pixels(self) -> int:
         return self.checkpoint.state.config.max_pixels
 
-    @cached_property
+    @property
     def subject(self) -> Subject:
-        """Raises BadConfig, CacheNotFound, CacheDamaged: no cache to take texts from."""
-        state, location = self.checkpoint.state, self._location
+        """Raises as `RunTexts.location`."""
+        state = self.checkpoint.state
         return Subject(
             name=self.run.resolve().name,
             checkpoint=str(self.checkpoint.path),
             step=state.step,
-            snapshot=location.rpartition("@")[2] if location else None,
+            snapshot=self.texts.snapshot,
             recipe=state.recipe.fingerprint if state.recipe else None,
             text_control=state.config.text_control,
             text_transform=str(self.transform.spec) if self.transform else "none",
@@ -111,21 +118,9 @@ class TrainedRun:
     def features(self, views_n3ss: torch.Tensor) -> torch.Tensor:
         return self._finite("image", self.model.tower.features(views_n3ss.to(self.device)))
 
-    def embed_texts(self, captions: Sequence[str]) -> torch.Tensor:
-        texts = [normalise(caption) for caption in captions]
-        number = {text: i for i, text in enumerate(dict.fromkeys(texts))}
-        y_ud = self._encode(self._open_text([*number]), np.arange(len(number)))
-        return y_ud[torch.tensor([number[text] for text in texts], device=self.device)]
-
     @torch.inference_mode()
-    def _encode(self, text: TextVectors, captions: np.ndarray) -> torch.Tensor:
-        """Caption numbers int64 [n] → unit vectors, float32 [n, D]."""
-        encoded = []
-        for start in range(0, len(captions), TEXTS):
-            some = captions[start : start + TEXTS]
-            stored = torch.from_numpy(np.ascontiguousarray(text.gather(some))).to(self.device)
-            encoded.append(self.model.texts[0](self.transform(stored) if self.transform else stored))
-        return self._finite("text", torch.cat(encoded))
+    def embed_texts(self, captions: Sequence[str]) -> torch.Tensor:
+        return self._finite("text", self.texts.embed(captions))
 
     def _finite(self, kind: str, vectors_nd: torch.Tensor) -> torch.Tensor:
         if not vectors_nd.isfinite().all():
@@ -134,41 +129,6 @@ class TrainedRun:
                 "checkpoint before, or train anew with a lower --lr"
             )
         return vectors_nd
-
-    # ---- where texts come from
-
-    @property
-    def _control(self) -> Control:
-        """A run on permuted captions is evaluated with the true vectors: it must be at chance by itself."""
-        return "ngram-hash" if self.checkpoint.state.config.text_control == "ngram-hash" else "none"
-
-    @cached_property
-    def _location(self) -> str | None:
-        """PATH@SNAPSHOT of the cache, one for all that is asked; None where texts need none."""
-        config = self.checkpoint.state.config
-        if self.model.joint or self._control == "ngram-hash":
-            return None
-        if config.text == "aligned" and self.cache is None:
-            raise BadConfig(f"{self.run} was trained on an export, which has no other captions; give --cache")
-        reader = CacheReader(self.cache or config.cache[0])
-        if recipe := self.checkpoint.state.recipe:
-            recipe.require_same(reader.recipe, here="the training run", there=str(reader.path))
-        return f"{reader.path}@{reader.snapshot_id}"
-
-    def _open_text(self, captions: Sequence[str]) -> TextVectors:
-        """Vectors of distinct, normalised captions."""
-        index = captions_only(captions)
-        if self.model.joint:
-            return TokenText(index.captions, TextShape.parse(self.checkpoint.state.config.text_shape).context)
-        (text,), _, _ = open_texts(
-            index,
-            caches=[self._location] if self._location else [],
-            control=self._control,
-            on_missing="embed" if self.server else "error",
-            server=self.server,
-            overlay=self.run / "eval" / "overlay.safetensors",
-        )
-        return text
 
     # ---- means over the training data
 
@@ -205,11 +165,13 @@ class TrainedRun:
         )
         return index.take(np.sort(permutation(len(index), 0, ORDER)[:MEAN_OF]))
 
+    @torch.inference_mode()
     def _mean_image(self) -> torch.Tensor:
         rejects = Rejects(self.checkpoint.state.config.max_bad)
         x_nd, _ = encode(self._training_sample(rejects), self, rejects, "training images")
         return x_nd.double().mean(0).float()
 
+    @torch.inference_mode()
     def _mean_text(self) -> torch.Tensor:
         config = self.checkpoint.state.config
         texts, index, _ = open_training_texts(
@@ -217,7 +179,7 @@ class TrainedRun:
             self._training_sample(Rejects(config.max_bad)),
             config.cache[:1],
             self.run / "overlay.safetensors",
-            control=self._control,
+            control=self.texts.control,
         )
-        y_ud = self._encode(texts[0], np.unique(index.pairs))
+        y_ud = self.texts.encode(texts[0], np.unique(index.pairs))
         return y_ud.double().mean(0).float()
