@@ -1,0 +1,52 @@
+"""Was the right class chosen? From scores per class to ranks, counts and items."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from lift_trainer.evaluators.result import Items
+
+CUTOFF = 5
+
+
+class Ranked(NamedTuple):
+    rank: np.ndarray
+    """int64 [n]: of the right class among c, 1 is best: 1 + the wrong ones that score at least as high."""
+    margin: np.ndarray
+    """float64 [n]: score of the right class less that of the best wrong one."""
+
+    def top(self, k: int) -> np.ndarray:
+        """float64 [n]: 1.0 where the right class is among the first k."""
+        return (self.rank <= k).astype(float)
+
+
+def rank_classes(scores_nc: torch.Tensor, labels: torch.Tensor) -> Ranked:
+    """
+    Args:
+        scores_nc: higher is better. Where the right one is no number, its rank is c + 1: that is not found.
+        labels: int64 [n], the right class of each.
+    """
+    own_n1 = scores_nc.gather(1, labels[:, None])
+    wrong = torch.ones_like(scores_nc, dtype=torch.bool).scatter_(1, labels[:, None], False)
+    # Not `>=`, which is false for NaN: what cannot be compared stands before.
+    rank = 1 + (~(scores_nc < own_n1) & wrong).sum(1)
+    rank = torch.where(own_n1[:, 0].isnan(), scores_nc.shape[1] + 1, rank)
+    best = scores_nc.masked_fill(~wrong, -torch.inf).amax(1)
+    return Ranked(rank.cpu().numpy(), (own_n1[:, 0].double() - best.double()).cpu().numpy())
+
+
+def joined(parts: Sequence[Ranked]) -> Ranked:
+    return Ranked(*(np.concatenate(arrays) for arrays in zip(*parts, strict=True)))
+
+
+def items_of(value: np.ndarray, group: np.ndarray | None = None) -> Items:
+    """One item per image. `group`: int64 [n], where classes count alike whatever their number of images."""
+    return Items(
+        image=tuple(range(len(value))),
+        value=tuple(value.tolist()),
+        group=None if group is None else tuple(group.tolist()),
+    )

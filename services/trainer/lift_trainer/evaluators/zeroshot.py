@@ -1,0 +1,129 @@
+"""Zero-shot classification: is an image nearest to the text of its class?
+
+    names × templates → prompts → embed → transform → normalise → average per class → normalise → w
+    image → x      its class is that of the greatest x·w
+
+As in CLIP (Radford et al. 2021), with any encoder of captions. A tie with a wrong class is wrong; two classes of one
+name tie always.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from lift_trainer.evaluators.classification import CUTOFF, Ranked, items_of, joined, rank_classes
+from lift_trainer.evaluators.hard_negatives import NEAR
+from lift_trainer.evaluators.images import encode
+from lift_trainer.evaluators.labelled import Labelled
+from lift_trainer.evaluators.protocol import Encoder
+from lift_trainer.evaluators.result import Result, scored
+from lift_trainer.evaluators.templates import Templates
+from lift_trainer.rejects import Rejects
+
+BLOCK = 4096
+"""Images compared with all classes at a time."""
+
+PROMPTS = 16_384
+"""Embedded at a time: 80 templates of 1,000 classes and 4,096 dimensions would be 1.3 GB."""
+
+
+def class_vectors(prompts_ctd: torch.Tensor) -> torch.Tensor:
+    """Unit vectors of t prompts for each of c classes, [c, t, D] → unit vectors of the classes, [c, D]."""
+    return F.normalize(prompts_ctd.double().mean(1), dim=-1).to(prompts_ctd.dtype)
+
+
+def classify(x_nd: torch.Tensor, classes_cd: torch.Tensor, labels: torch.Tensor) -> Ranked:
+    """Rank of each image's class: unit vectors [n, D] and [c, D], int64 [n]."""
+    return joined(
+        [
+            rank_classes(x_nd[start : start + BLOCK] @ classes_cd.T, labels[start : start + BLOCK])
+            for start in range(0, len(x_nd), BLOCK)
+        ]
+    )
+
+
+@dataclass(frozen=True)
+class ZeroShot:
+    name: str
+    images: Labelled
+    names: Sequence[str]
+    """Of each class of the images."""
+    templates: Templates
+    rejects: Rejects
+    """Of the data, before any image is read, and how many may be left out in all."""
+
+    task = "zeroshot"
+
+    @property
+    def protocol(self) -> str:
+        return self.templates.name
+
+    def evaluate(self, encoder: Encoder) -> Result:
+        rejects = Rejects(self.rejects.limit)
+        rejects.named.update(self.rejects.named)
+        x_nd, kept = encode(self.images.index, encoder, rejects)
+        images = self.images.take(kept)
+        classes_cd, prompt_mean = self._class_vectors(encoder)
+        ranked = classify(x_nd, classes_cd, torch.from_numpy(images.labels).to(x_nd.device))
+        items = {
+            "top1": items_of(ranked.top(1)),
+            "top5": items_of(ranked.top(CUTOFF)),
+            "per_class": items_of(ranked.top(1), images.labels),
+        }
+        chance, several = 1 / len(self.names), min(CUTOFF, len(self.names)) / len(self.names)
+        return Result(
+            task=self.task,
+            protocol=self.protocol,
+            name=self.name,
+            data=self._digest(images),
+            subject=encoder.subject,
+            scores=scored(items, chance={"top1": chance, "top5": several, "per_class": chance}),
+            items=items,
+            left_out=rejects.named,
+            details={
+                "of": len(self.images.index),
+                "classes": len(self.names),
+                "classes_without_image": [
+                    name for i, name in enumerate(self.names) if i not in set(images.labels.tolist())
+                ],
+                "classes_of_one_name": sorted(n for n, times in Counter(self.names).items() if times > 1),
+                "templates": len(self.templates.sentences),
+                "ties": int((ranked.margin == 0).sum()),
+                "near_ties": int((abs(ranked.margin) < NEAR).sum()),
+                "prompts_to_training_captions": _between(prompt_mean, encoder.mean_text()),
+            },
+        )
+
+    def _class_vectors(self, encoder: Encoder) -> tuple[torch.Tensor, torch.Tensor]:
+        """Unit vectors of the classes, [c, D], and the mean of all prompts' unit vectors, float64 [D]."""
+        found, sums = [], []
+        at_once = max(1, PROMPTS // len(self.templates.sentences))
+        for start in range(0, len(self.names), at_once):
+            some = self.names[start : start + at_once]
+            y_nd = encoder.embed_texts([prompt for name in some for prompt in self.templates.of(name)])
+            found.append(class_vectors(y_nd.unflatten(0, (len(some), -1))))
+            sums.append(y_nd.double().sum(0))
+        prompts = len(self.names) * len(self.templates.sentences)
+        return torch.cat(found), torch.stack(sums).sum(0) / prompts
+
+    def _digest(self, images: Labelled) -> str:
+        named = "\0".join([images.index.digest, *self.names])
+        return hashlib.blake2b(named.encode(), digest_size=16).hexdigest()
+
+
+def _between(prompts_d: torch.Tensor, captions_d: torch.Tensor | None) -> dict[str, Any] | None:
+    """How far prompts lie from what was trained on: means of unit vectors, so 0 … 2. None without captions."""
+    if captions_d is None:
+        return None
+    captions_d = captions_d.double()
+    return {
+        "distance": float((prompts_d - captions_d).norm()),
+        "cosine": float(F.cosine_similarity(prompts_d, captions_d, dim=0)),
+    }
