@@ -11,6 +11,8 @@ import torch
 from lift_trainer.evaluators.result import Items
 
 CUTOFF = 5
+NEVER = 1 << 62
+"""Rank of what cannot be compared."""
 
 
 class Ranked(NamedTuple):
@@ -27,14 +29,14 @@ class Ranked(NamedTuple):
 def rank_classes(scores_nc: torch.Tensor, labels: torch.Tensor) -> Ranked:
     """
     Args:
-        scores_nc: higher is better. Where the right one is no number, its rank is c + 1: that is not found.
+        scores_nc: higher is better. Where the right one is no number, its rank is NEVER.
         labels: int64 [n], the right class of each.
     """
     own_n1 = scores_nc.gather(1, labels[:, None])
     wrong = torch.ones_like(scores_nc, dtype=torch.bool).scatter_(1, labels[:, None], False)
     # Not `>=`, which is false for NaN: what cannot be compared stands before.
     rank = 1 + (~(scores_nc < own_n1) & wrong).sum(1)
-    rank = torch.where(own_n1[:, 0].isnan(), scores_nc.shape[1] + 1, rank)
+    rank = torch.where(own_n1[:, 0].isnan(), NEVER, rank)
     best = scores_nc.masked_fill(~wrong, -torch.inf).amax(1)
     return Ranked(rank.cpu().numpy(), (own_n1[:, 0].double() - best.double()).cpu().numpy())
 
