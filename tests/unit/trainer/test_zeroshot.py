@@ -177,9 +177,34 @@ def test_shards_and_tables_name_the_class_in_a_field_and_their_order_does_not_ma
     assert Labelled.open([str(table)], Rejects(0), label_field="label").classes == ("cat", "dog")
 
 
+def test_a_pattern_takes_the_class_out_of_a_caption(tmp_path: Path) -> None:
+    captions = [
+        ["a red circle left of a blue square", "a blue square right of a red circle"],
+        ["a blue cross above a red circle"],
+        ["a red cross below a red circle"],
+    ]
+    shard = write_tar(tmp_path / "a.tar", [(str(i), png(i), {"captions": c}) for i, c in enumerate(captions)])
+
+    def opened(pattern: str) -> Labelled:
+        return Labelled.open([str(shard)], Rejects(0), label_field="captions", label_pattern=pattern)
+
+    colours, shapes = opened("red|blue"), opened("circle|square|cross")
+    assert colours.classes == ("blue red", "red") and colours.labels.tolist() == [0, 0, 1]
+    assert shapes.classes == ("circle cross", "circle square") and shapes.labels.tolist() == [1, 0, 0]
+    assert colours.digest != shapes.digest
+    with pytest.raises(
+        BadSource, match=r"'a red cross below a red circle' has nothing of --label-pattern blue"
+    ):
+        opened("blue")
+    with pytest.raises(BadSource, match=r"a.tar:0 has two classes \(left, right\)"):
+        opened("left|right|above|below")
+    with pytest.raises(BadConfig, match=r"--label-pattern \(: "):
+        opened("(")
+
+
 def test_data_that_are_not_labelled_are_refused(tmp_path: Path) -> None:
     shard = write_tar(tmp_path / "a.tar", [("0", png(0), {"label": ["dog", "cat"]})])
-    with pytest.raises(BadSource, match=r"a.tar:0 has 2 classes \(dog, cat\); it needs one"):
+    with pytest.raises(BadSource, match=r"a.tar:0 has two classes \(dog, cat\); it needs one"):
         Labelled.open([str(shard)], Rejects(0), label_field="label")
     with pytest.raises(BadConfig, match=r"a.tar is a file: name the field .* by --label-field"):
         Labelled.open([str(shard)], Rejects(0))

@@ -6,6 +6,7 @@ digested like any other.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -32,7 +33,7 @@ class Labelled:
     """n images of c classes."""
 
     index: Index
-    """Its distinct captions are the classes, as the data call them."""
+    """Its captions are what the data say of the class."""
     classes: tuple[str, ...]
     """In alphabetical order: another order of the files is the same task."""
     labels: np.ndarray
@@ -45,6 +46,7 @@ class Labelled:
         rejects: Rejects,
         *,
         label_field: str | None = None,
+        label_pattern: str | None = None,
         images: Path | None = None,
         image_field: str = "image",
     ) -> Labelled:
@@ -52,36 +54,62 @@ class Labelled:
         Args:
             data: shards or tables, as for training, where `label_field` names the class; else folders with a folder
                 per class.
+            label_pattern: regular expression; of what the field says only its matches count, each once and sorted.
+                `red|blue` makes "blue red" of "a red circle left of a blue square".
             images, image_field: for tables, see `build_index`.
 
         Raises:
-            BadSource: no such data, none with an image, or an image with two classes.
-            BadConfig: files without `label_field`.
+            BadSource: no such data, none with an image, or an image without a class or with two.
+            BadConfig: files without `label_field`, or a pattern that is none.
         """
         if label_field is None:
-            return cls._of(_folders(data, rejects))
-        return cls._of(
-            build_index(data, rejects, caption_fields=[label_field], images=images, image_field=image_field)
-        )
+            index = _folders(data, rejects)
+        else:
+            fields = [label_field]
+            index = build_index(data, rejects, caption_fields=fields, images=images, image_field=image_field)
+        said = [*index.captions]
+        if label_pattern is not None:
+            said = _matches(said, label_pattern)
+        return cls._of(index, said)
 
     @classmethod
-    def _of(cls, index: Index) -> Labelled:
-        several = np.flatnonzero(np.diff(index.first) != 1)
-        if len(several):
-            where = int(several[0])
-            named = [index.captions[i] for i in index.pairs[index.first[where] : index.first[where + 1]]]
-            raise BadSource(
-                f"{index.where(where)} has {len(named)} classes ({', '.join(named[:3])}); it needs one"
-            )
-        seen = [*index.captions]
-        order = sorted(range(len(seen)), key=seen.__getitem__)
-        place = np.empty(len(seen), np.int64)
-        place[order] = np.arange(len(seen))
-        return cls(index, tuple(seen[i] for i in order), place[index.pairs])
+    def _of(cls, index: Index, said: Sequence[str]) -> Labelled:
+        """`said`: the class that each distinct caption of the index means."""
+        classes = tuple(sorted(set(said)))
+        number = {label: i for i, label in enumerate(classes)}
+        of_pair = np.array([number[label] for label in said], np.int64)[index.pairs]
+        labels = of_pair[index.first[:-1]]
+        other = np.flatnonzero(of_pair != np.repeat(labels, np.diff(index.first)))
+        if len(other):
+            where = int(np.searchsorted(index.first, other[0], side="right")) - 1
+            both = f"{classes[labels[where]]}, {classes[of_pair[other[0]]]}"
+            raise BadSource(f"{index.where(where)} has two classes ({both}); it needs one")
+        return cls(index, classes, labels)
 
     def take(self, samples: np.ndarray) -> Labelled:
         """Some of the images (int64 [k], ascending); the classes stay."""
         return Labelled(self.index.take(samples), self.classes, self.labels[samples])
+
+    @property
+    def digest(self) -> str:
+        """Of images and classes, in order."""
+        named = "\0".join([self.index.digest, *self.classes])
+        return hashlib.blake2b(named.encode(), digest_size=16).hexdigest()
+
+
+def _matches(said: Sequence[str], pattern: str) -> list[str]:
+    """Raises BadConfig: not a regular expression. BadSource: none in one of the texts."""
+    try:
+        wanted = re.compile(pattern)
+    except re.error as error:
+        raise BadConfig(f"--label-pattern {pattern}: {error}") from None
+    found = []
+    for text in said:
+        words = sorted({match[0] for match in wanted.finditer(text)})
+        if not words:
+            raise BadSource(f"{text[:80]!r} has nothing of --label-pattern {pattern}, so no class")
+        found.append(" ".join(words))
+    return found
 
 
 def _folders(data: Sequence[str], rejects: Rejects) -> Index:

@@ -216,5 +216,5 @@ class Probe:
 
 
 def _digest(data: Sequence[Labelled]) -> str:
-    joined_up = "\0".join(some.index.digest for some in data)
+    joined_up = "\0".join(some.digest for some in data)
     return hashlib.blake2b(joined_up.encode(), digest_size=16).hexdigest()

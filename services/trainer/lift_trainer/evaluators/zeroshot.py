@@ -114,7 +114,7 @@ class ZeroShot:
         return torch.cat(found), torch.stack(sums).sum(0) / prompts
 
     def _digest(self, images: Labelled) -> str:
-        named = "\0".join([images.index.digest, *self.names])
+        named = "\0".join([images.digest, *self.names])
         return hashlib.blake2b(named.encode(), digest_size=16).hexdigest()
 
 
