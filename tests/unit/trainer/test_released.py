@@ -16,8 +16,10 @@ from lift_cache.bulk import write_cache
 from lift_cache.encoding import Encoding
 from lift_cache.errors import BadConfig, BadSource, LiftError, MissingCaptions
 from lift_cache.recipe import Recipe
+from lift_trainer.cli import eval_main
 from lift_trainer.evaluators.released import IMAGENET_MEAN, IMAGENET_STD, ReleasedModel
 from lift_trainer.images import OPENAI_MEAN, OPENAI_STD, center_view
+from tests.unit.trainer.conftest import png, write_tar
 
 open_clip = pytest.importorskip("open_clip")
 
@@ -152,7 +154,8 @@ def test_the_reference_looks_at_224_of_256_pixels_with_imagenets_statistics(tmp_
     torch.save(theirs.state_dict(), path)
     ours, plain = (ReleasedModel.open(path, "cpu", pixel_stats=stats) for stats in ("reference", "training"))  # type: ignore[arg-type]
     assert (ours.image_size, plain.image_size) == (256, 224)
-    assert "reference" in ours.subject.checkpoint
+    assert (ours.subject.name, plain.subject.name) == ("clip, reference pixels", "clip")
+    assert ours.directory != plain.directory  # the results of one are not those of the other
     image = views(407, 1)[0, :, :301]
     prepare = transforms.Compose(
         [
@@ -222,13 +225,10 @@ def test_a_file_that_holds_no_weights_is_one_clear_line_and_runs_nothing(
 def test_texts_that_do_not_belong_to_the_file_are_refused(
     tmp_path: Path, cache: Path, recipe: Recipe, vectors: Callable[..., np.ndarray]
 ) -> None:
-    lift, clip_file = tmp_path / "lift.pt", tmp_path / "clip.pt"
+    lift = tmp_path / "lift.pt"
     torch.save(randomised(Lift()).state_dict(), lift)
-    torch.save(randomised(clip()).state_dict(), clip_file)
     with pytest.raises(BadConfig, match=r"lift.pt is a LIFT, whose texts are embedded elsewhere"):
         ReleasedModel.open(lift, "cpu")
-    with pytest.raises(BadConfig, match=r"clip.pt is a CLIP and reads captions itself"):
-        ReleasedModel.open(clip_file, "cpu", cache=str(cache))
     narrow = tmp_path / "narrow"
     write_cache(narrow, recipe, Encoding(dimensions=16), ["one"], vectors(1)[:, :16])
     with pytest.raises(BadConfig, match=r"makes vectors of 24 dimensions, and those of .*narrow.* have 16"):
@@ -241,6 +241,37 @@ def test_weights_that_make_no_numbers_are_refused_by_name(tmp_path: Path) -> Non
     torch.save(state, tmp_path / "clip.pt")
     with pytest.raises(LiftError, match=r"clip.pt: it makes image vectors that are not finite"):
         ReleasedModel.open(tmp_path / "clip.pt", "cpu").embed_images(views())
+
+
+def test_the_command_scores_released_files_side_by_side(
+    tmp_path: Path, cache: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    torch.save(randomised(Lift()).state_dict(), tmp_path / "lift.pt")
+    torch.save(randomised(clip()).state_dict(), tmp_path / "clip.pt")
+    shard = write_tar(
+        tmp_path / "test-000.tar", [(str(i), png(i), {"caption": c}) for i, c in enumerate(["one", "two"])]
+    )
+    files = [str(tmp_path / name) for name in ("lift.pt", "clip.pt")]
+    flags = ["retrieval", "--data", str(shard), "--device", "cpu"]
+    eval_main([*flags, "--checkpoint", *files, "--cache", str(cache), "--pixel-stats", "reference"])
+    shown = capsys.readouterr()
+    assert "lift, reference pixels" in shown.out and "clip, reference pixels" in shown.out
+    assert (tmp_path / "lift.pt.reference.eval" / "retrieval-test-karpathy.json").is_file()
+    for wrong, said in (
+        ([], "nothing to evaluate; name a training run by --run, or a released file by --checkpoint"),
+        (
+            ["--checkpoint", "nowhere.pt"],
+            "--checkpoint nowhere.pt: no such file; a training run is given by --run",
+        ),
+        (
+            ["--run", "x", "--pixel-stats", "reference"],
+            "--pixel-stats reference is for files given by --checkpoint",
+        ),
+        (["--checkpoint", files[0]], "lift.pt is a LIFT, whose texts are embedded elsewhere"),
+    ):
+        with pytest.raises(SystemExit) as ended:
+            eval_main([*flags, *wrong])
+        assert ended.value.code == 2 and said in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -11,14 +11,18 @@ import pytest
 import torch
 
 from lift_cache.errors import BadConfig, BadSource
-from lift_trainer.evaluators.classification import rank_classes
+from lift_trainer.cli import eval_main
+from lift_trainer.evaluators.classification import Ranked, rank_classes
 from lift_trainer.evaluators.labelled import Labelled, class_names, read_class_names
 from lift_trainer.evaluators.protocol import Encoder
 from lift_trainer.evaluators.result import Result, Subject
 from lift_trainer.evaluators.templates import Templates
+from lift_trainer.evaluators.trained import TrainedRun
 from lift_trainer.evaluators.zeroshot import ZeroShot, class_vectors, classify
+from lift_trainer.job import prepare
+from lift_trainer.loop import train
 from lift_trainer.rejects import Rejects
-from tests.unit.trainer.conftest import png, write_tar
+from tests.unit.trainer.conftest import World, png, write_tar
 
 SIDE = 16
 
@@ -39,7 +43,7 @@ def features(n: int, c: int, seed: int = 0, width: int = 6) -> tuple[np.ndarray,
 def test_scores_are_those_of_scikit_learn(n: int, c: int) -> None:
     metrics = pytest.importorskip("sklearn.metrics")
     x, w, labels = features(n, c)
-    ranked = classify(torch.from_numpy(x), torch.from_numpy(w), torch.from_numpy(labels))
+    ranked = ranked_by(x, w, labels)
     scores = x @ w.T
     chosen = scores.argmax(1)
     assert ranked.top(1).mean() == pytest.approx(metrics.accuracy_score(labels, chosen), abs=1e-9)
@@ -54,12 +58,17 @@ def test_scores_are_those_of_scikit_learn(n: int, c: int) -> None:
     assert np.mean(by_class) == pytest.approx(expected, abs=1e-9)
 
 
+def ranked_by(x: np.ndarray, w: np.ndarray, labels: np.ndarray) -> Ranked:
+    every = torch.arange(len(w))
+    return classify(torch.from_numpy(x), torch.from_numpy(w), every, torch.from_numpy(labels))
+
+
 def test_ranks_equal_a_count_with_ties_and_duplicates() -> None:
     generator = np.random.default_rng(0)
     x, w = generator.integers(-2, 3, (60, 3)).astype(float), generator.integers(-2, 3, (9, 3)).astype(float)
     w[4] = w[7]
     labels = generator.integers(0, 9, 60)
-    ranked = classify(torch.from_numpy(x), torch.from_numpy(w), torch.from_numpy(labels))
+    ranked = ranked_by(x, w, labels)
     for image, label in enumerate(labels):
         scores = [sum(a * b for a, b in zip(x[image], row, strict=True)) for row in w]
         wrong = [score for other, score in enumerate(scores) if other != label]
@@ -348,3 +357,94 @@ def test_other_names_prompts_or_images_are_other_data_or_another_protocol(pets: 
     assert first.protocol != result(["bird", "cat", "dog"], "openai80").protocol
     (pets / "dog" / "0.png").unlink()
     assert first.data != result(["bird", "cat", "dog"]).data
+
+
+# ---------------------------------------------------------------------------------------------- the command
+
+
+@pytest.fixture
+def trained(world: World) -> World:
+    train(prepare(world.config(epochs=1)))
+    return world
+
+
+def lift_eval(*argv: str) -> int:
+    try:
+        eval_main(list(argv))
+    except SystemExit as ended:
+        return int(ended.code or 0)
+    return 0
+
+
+def test_the_command_takes_prompts_through_the_runs_cache_and_says_what_is_missing(
+    trained: World, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = image_folder(trained.root / "drawings", ["0", "1", "2"])
+    prompts = trained.root / "prompts.txt"
+    prompts.write_text("drawing number {}\n")
+    flags = ["zeroshot", "--run", str(trained.root / "run"), "--data", str(folder), "--prompts"]
+    assert lift_eval(*flags, str(prompts)) == 0
+    shown = capsys.readouterr()
+    assert "zeroshot · drawings · prompts-" in shown.out and "6 items" in shown.out
+    (path,) = (trained.root / "run" / "eval").glob("zeroshot-drawings-prompts-*.json")
+    result = Result.read(path)
+    assert result.scores["top1"].low is not None and result.subject.recipe == trained.recipe.fingerprint
+    # Through the cache, the transform of the run and their mean: the run itself says what its captions are.
+    run = TrainedRun.open(trained.root / "run", "cpu")
+    texts = run.embed_texts([f"drawing number {i}" for i in range(3)]).double().mean(0)
+    training = run.mean_text()
+    assert training is not None
+    assert result.details["prompts_to_training_captions"]["distance"] == pytest.approx(
+        float((texts - training.double()).norm()), abs=1e-6
+    )
+    assert lift_eval(*flags, "lift1") == 2
+    assert (
+        "('It is a photo of a 0', 'It is a photo of a 1', …) are not in snapshot" in capsys.readouterr().err
+    )
+    assert lift_eval(*flags, "lift2") == 2
+    assert "--prompts lift2: No such file or directory; give lift1 or openai80" in capsys.readouterr().err
+
+
+def test_scores_do_not_depend_on_the_batch_size(trained: World) -> None:
+    folder = image_folder(trained.root / "drawings", [str(i) for i in range(20)])
+    images = Labelled.open([str(folder)], rejects := Rejects(0))
+    (trained.root / "prompts.txt").write_text("drawing number {}\n")
+    templates = Templates.read(str(trained.root / "prompts.txt"))
+    task = ZeroShot("drawings", images, images.classes, templates, rejects)
+    found = [
+        task.evaluate(TrainedRun.open(trained.root / "run", "cpu", batch_size=size)) for size in (1, 7, 40)
+    ]
+    for other in found[1:]:
+        assert other.scores["top1"].value == pytest.approx(found[0].scores["top1"].value, abs=1e-4)
+        assert other.data == found[0].data
+
+
+def test_a_suite_of_classification_and_probes_is_one_command(
+    trained: World, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train_images = image_folder(trained.root / "some", ["0", "1"], each=4)
+    test_images = image_folder(trained.root / "others", ["0", "1"], each=3)
+    (trained.root / "prompts.txt").write_text("drawing number {}\n")
+    suite = trained.root / "suite.yaml"
+    suite.write_text(
+        f"- task: zeroshot\n  data: {test_images}\n  prompts: {trained.root / 'prompts.txt'}\n"
+        f"- task: probe\n  train: {train_images}\n  data: [{test_images}]\n  k: 3\n"
+    )
+    assert lift_eval("suite", str(suite), "--run", str(trained.root / "run"), "--json") == 0
+    results = json.loads(capsys.readouterr().out)
+    assert [(r["task"], sorted(r["scores"])) for r in results] == [
+        ("zeroshot", ["per_class", "top1", "top5"]),
+        ("probe", ["knn", "linear"]),
+    ]
+    assert results[1]["protocol"] == "knn3"
+
+
+def test_unlabelled_data_and_unnamed_classes_end_in_one_line(
+    trained: World, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["zeroshot", "--run", str(trained.root / "run"), "--data"]
+    assert lift_eval(*flags, str(trained.shard)) == 2
+    assert "is a file: name the field of its samples that holds their class" in capsys.readouterr().err
+    assert lift_eval(*flags, str(image_folder(trained.root / "val", WNIDS))) == 2
+    shown = capsys.readouterr().err.strip().splitlines()
+    assert len(shown) == 1 and "class n01440764 has no name, only a number" in shown[0]

@@ -1,14 +1,11 @@
-"""Was the right class chosen? From scores per class to ranks, counts and items."""
+"""Was the right class chosen? From scores per class to ranks."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 import torch
-
-from lift_trainer.evaluators.result import Items
 
 CUTOFF = 5
 NEVER = 1 << 62
@@ -39,16 +36,3 @@ def rank_classes(scores_nc: torch.Tensor, labels: torch.Tensor) -> Ranked:
     rank = torch.where(own_n1[:, 0].isnan(), NEVER, rank)
     best = scores_nc.masked_fill(~wrong, -torch.inf).amax(1)
     return Ranked(rank.cpu().numpy(), (own_n1[:, 0].double() - best.double()).cpu().numpy())
-
-
-def joined(parts: Sequence[Ranked]) -> Ranked:
-    return Ranked(*(np.concatenate(arrays) for arrays in zip(*parts, strict=True)))
-
-
-def items_of(value: np.ndarray, group: np.ndarray | None = None) -> Items:
-    """One item per image. `group`: int64 [n], where classes count alike whatever their number of images."""
-    return Items(
-        image=tuple(range(len(value))),
-        value=tuple(value.tolist()),
-        group=None if group is None else tuple(group.tolist()),
-    )

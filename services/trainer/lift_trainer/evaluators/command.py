@@ -8,12 +8,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from cyclopts import App, Group, Parameter
 from cyclopts.types import PositiveInt
 
-from lift_cache.errors import BadConfig
+from lift_cache.errors import BadConfig, BadSource
 from lift_cache.terminal import run_command
 from lift_trainer.config import RUN, TEXT
 from lift_trainer.evaluators.tasks import TASKS, Task, open_tasks, read_suite
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 INTERRUPTED = "what was written stays; the same command starts anew"
 
-HELP = """Evaluate training runs.
+HELP = """Evaluate training runs and released checkpoints.
 
 Texts take the same way as in training: the cache by key, or the embedder of the same recipe, then the run's own text
 transform. What had to be embedded is kept in RUN/eval, so that the same evaluation again embeds nothing. Every score
@@ -38,6 +38,11 @@ has a 95 % interval, from resampling images.
 **Many tasks, as a file lists them**
 
 `lift-eval suite suite.yaml --run runs/a runs/b`
+
+**The files that LIFT's authors released**
+
+`lift-eval sugarcrepe --checkpoint lift.pt clip.pt --cache caches/nv-embed-v2 --pixel-stats reference
+--data sugar-crepe/data --images coco/val2017`
 
 **What the second has more than the first, item by item**
 
@@ -61,9 +66,30 @@ class Subjects:
             help="Directories of training runs; the newest checkpoint of each is used.",
         ),
     ] = field(default_factory=list)
+    checkpoint: Annotated[
+        list[Path],
+        Parameter(
+            group=RUN,
+            consume_multiple=True,
+            negative_iterable=(),
+            help="Files that LIFT's authors released, of LIFT or CLIP; results go to FILE.eval.",
+        ),
+    ] = field(default_factory=list)
+    pixel_stats: Annotated[
+        Literal["training", "reference"],
+        Parameter(
+            group=RUN,
+            help="Of --checkpoint files: as they were trained (OpenAI's), or as the authors' evaluation has them "
+            "(ImageNet's, and the central 224 of 256 pixels).",
+        ),
+    ] = "training"
     cache: Annotated[
         str | None,
-        Parameter(group=TEXT, help="Cache with the captions, of the same recipe. Default: the run's."),
+        Parameter(
+            group=TEXT,
+            help="Cache with the captions, of the same recipe. Default: the run's. A released LIFT needs one, or a "
+            "server.",
+        ),
     ] = None
     server: Annotated[
         str | None, Parameter(group=TEXT, help="Embedder for captions that the cache lacks.")
@@ -78,14 +104,22 @@ class Subjects:
 
         Raises:
             BadConfig: nothing is given.
+            BadSource: no such file.
             CacheNotFound, CacheDamaged: no whole checkpoint.
         """
         with loading(INTERRUPTED):
             from lift_trainer.checkpoint import require_checkpoint
+            from lift_trainer.evaluators.released import ReleasedModel, results_folder
             from lift_trainer.evaluators.trained import TrainedRun
 
-        if not self.run:
-            raise BadConfig("nothing to evaluate; name a training run by --run")
+        if not self.run and not self.checkpoint:
+            raise BadConfig(
+                "nothing to evaluate; name a training run by --run, or a released file by --checkpoint"
+            )
+        if self.pixel_stats != "training" and not self.checkpoint:
+            raise BadConfig(
+                f"--pixel-stats {self.pixel_stats} is for files given by --checkpoint; a run has its own"
+            )
 
         def opener(run: Path) -> Callable[[], Encoder]:
             checkpoint = require_checkpoint(run)
@@ -98,7 +132,21 @@ class Subjects:
                 checkpoint=checkpoint,
             )
 
-        return [(opener(run), run / "eval") for run in self.run]
+        def released(path: Path) -> Callable[[], Encoder]:
+            if not path.is_file():
+                raise BadSource(f"--checkpoint {path}: no such file; a training run is given by --run")
+            return lambda: ReleasedModel.open(
+                path,
+                self.device,
+                pixel_stats=self.pixel_stats,
+                cache=self.cache,
+                server=self.server,
+                batch_size=self.batch_size,
+            )
+
+        return [(opener(run), run / "eval") for run in self.run] + [
+            (released(path), results_folder(path, self.pixel_stats)) for path in self.checkpoint
+        ]
 
 
 AsJson = Annotated[
@@ -167,7 +215,6 @@ def _evaluate(tasks: Sequence[Task], subjects: Subjects, as_json: bool) -> int:
     openers = subjects.openers()
     evaluators = open_tasks(tasks)
     results: list[Result] = []
-    folders = [folder for _, folder in openers]
     for open_encoder, folder in openers:
         encoder = open_encoder()
         for evaluator in evaluators:
@@ -176,7 +223,7 @@ def _evaluate(tasks: Sequence[Task], subjects: Subjects, as_json: bool) -> int:
             results.append(result)
     names = distinct_names(
         [result.subject.name for result in results[:: len(evaluators)]],
-        [str(folder.parent) for folder in folders],
+        [str(place) for place in [*subjects.run, *subjects.checkpoint]],
     )
     if as_json:
         print(json.dumps([result.model_dump(mode="json") for result in results]))
@@ -187,7 +234,8 @@ def _evaluate(tasks: Sequence[Task], subjects: Subjects, as_json: bool) -> int:
             for result in results[number * len(evaluators) : (number + 1) * len(evaluators)]
         ]
         print(table(shown))
-    print(f"next: lift-report {' '.join(str(folder.parent) for folder in folders)}", file=sys.stderr)
+    if subjects.run:
+        print(f"next: lift-report {' '.join(map(str, subjects.run))}", file=sys.stderr)
     return 0
 
 

@@ -20,8 +20,9 @@ import torch
 import torch.nn.functional as F
 
 from lift_cache.errors import BadSource
-from lift_trainer.evaluators.classification import items_of, rank_classes
+from lift_trainer.evaluators.classification import rank_classes
 from lift_trainer.evaluators.images import encode
+from lift_trainer.evaluators.items import Items
 from lift_trainer.evaluators.labelled import Labelled
 from lift_trainer.evaluators.protocol import Encoder
 from lift_trainer.evaluators.result import Result, scored
@@ -191,7 +192,8 @@ class Probe:
         states_nd, states_md = standardised(x_nd, z_md)
         chosen = choose_linear(states_nd, labels, len(classes))
         linear = rank_classes(chosen.linear(states_md), truth)
-        items = {"knn": items_of(neighbours.top(1)), "linear": items_of(linear.top(1))}
+        image = np.arange(len(kept))
+        items = {"knn": Items.of(image, neighbours.top(1)), "linear": Items.of(image, linear.top(1))}
         return Result(
             task=self.task,
             protocol=self.protocol,

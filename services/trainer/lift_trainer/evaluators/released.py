@@ -233,6 +233,11 @@ def _load(path: Path, state: State, places: Mapping[str, str], modules: Mapping[
             wanted["head.bias"].zero_()  # CLIP's matrix has none
 
 
+def results_folder(path: Path, pixel_stats: PixelStats) -> Path:
+    """Beside the file, and another for other pixels: `lift.pt.eval`, `lift.pt.reference.eval`."""
+    return path.with_name(f"{path.name}{'.reference' if pixel_stats == 'reference' else ''}.eval")
+
+
 class _Texts(NamedTuple):
     """Where LIFT's texts come from; nothing, for CLIP's."""
 
@@ -269,11 +274,9 @@ class ReleasedModel:
         """
         Raises:
             BadSource: not a released file, or what their code saves.
-            BadConfig: texts are asked of a cache, and it is CLIP; or of none, and it is LIFT.
+            BadConfig: it is LIFT, and there is neither cache nor server. CLIP needs none.
         """
         where, model = choose_device(device), load_model(path)
-        if model.kind == "clip" and (cache or server):
-            raise BadConfig(f"{path} is a CLIP and reads captions itself; leave out --cache and --server")
         if model.kind == "lift" and not (cache or server):
             raise BadConfig(
                 f"{path} is a LIFT, whose texts are embedded elsewhere (its authors: NV-Embed-v2); give --cache or "
@@ -289,8 +292,8 @@ class ReleasedModel:
 
     @property
     def directory(self) -> Path:
-        """Where its results and the vectors of its captions are kept."""
-        return self.path.with_name(f"{self.path.name}.eval")
+        """Where the vectors of its captions are kept."""
+        return results_folder(self.path, self.pixel_stats)
 
     @property
     def image_size(self) -> int:
@@ -306,8 +309,8 @@ class ReleasedModel:
     def subject(self) -> Subject:
         texts = self._texts
         return Subject(
-            name=self.path.stem,
-            checkpoint=f"{self.path} ({self.model.kind}, pixel statistics: {self.pixel_stats})",
+            name=self.path.stem + (", reference pixels" if self.pixel_stats == "reference" else ""),
+            checkpoint=str(self.path),
             snapshot=texts.location.rpartition("@")[2] if texts.location else None,
             recipe=texts.recipe.fingerprint if texts.recipe else None,
         )

@@ -17,7 +17,9 @@ from lift_cache.errors import BadConfig
 from lift_trainer.config import DATA
 
 if TYPE_CHECKING:
+    from lift_trainer.evaluators.labelled import Labelled
     from lift_trainer.evaluators.protocol import Evaluator
+    from lift_trainer.rejects import Rejects
 
 MaxBad = Annotated[int, Parameter(group=DATA)]
 
@@ -152,7 +154,109 @@ class SugarCrepeTask(Task):
         return [open_sugarcrepe(self.data, self.images, self.name or "coco", max_bad=self.max_bad)]
 
 
-TASKS: dict[str, type[Task]] = {kind.task: kind for kind in (RetrievalTask, ShapesTask, SugarCrepeTask)}
+class LabelledTask(Task, ABC):
+    """Of images with a class each."""
+
+    label_field: Annotated[str | None, _field()] = Field(
+        None,
+        description="Field or column that names the class. Default: the data are folders, one per class.",
+    )
+    label_pattern: Annotated[str | None, _field()] = Field(
+        None, description="Regular expression: of what the field says only the matches count, each once."
+    )
+    images: Annotated[Path | None, _field()] = Field(
+        None, description="Folder that a table's image paths start from."
+    )
+    image_field: Annotated[str, _field()] = Field(
+        "image", description="Column of a table that names the image."
+    )
+
+    def _labelled(self, data: Sequence[str], rejects: Rejects) -> Labelled:
+        from lift_trainer.evaluators.labelled import Labelled
+
+        return Labelled.open(
+            data,
+            rejects,
+            label_field=self.label_field,
+            label_pattern=self.label_pattern,
+            images=self.images,
+            image_field=self.image_field,
+        )
+
+
+class ZeroShotTask(LabelledTask):
+    """Zero-shot classification: top-1, top-5, and top-1 as the mean over classes.
+
+    Prompts: openai80 (the 80 templates of CLIP's authors, averaged), lift1 (the one of LIFT's authors), or a file with
+    one template a line, {} for the class. A tie with a wrong class is wrong.
+
+    `lift-eval zeroshot --run runs/a --data imagenet/val --classes imagenet_class_index.json`
+
+    `lift-eval zeroshot --run runs/a --data 'test-*.tar' --label-field label --prompts prompts.txt`
+    """
+
+    task: ClassVar[str] = "zeroshot"
+
+    data: Annotated[list[str], _several()] = Field(
+        description="Folder with a folder of images per class; with --label-field, shards or tables."
+    )
+    prompts: Annotated[str, _field()] = Field(
+        "openai80", description="openai80, lift1, or a file of templates."
+    )
+    classes: Annotated[Path | None, _field()] = Field(
+        None,
+        description="Names of the classes: JSON as ImageNet's class index, or text, one class a line. Default: as the "
+        "data call them.",
+    )
+
+    def open(self) -> list[Evaluator]:
+        from lift_trainer.evaluators.captioned import name_of
+        from lift_trainer.evaluators.labelled import class_names
+        from lift_trainer.evaluators.templates import Templates
+        from lift_trainer.evaluators.zeroshot import ZeroShot
+        from lift_trainer.rejects import Rejects
+
+        templates, rejects = Templates.read(self.prompts), Rejects(self.max_bad)
+        images = self._labelled(self.data, rejects)
+        names = class_names(images.classes, self.classes)
+        return [ZeroShot(self.name or name_of(self.data[0]), images, names, templates, rejects)]
+
+
+class ProbeTask(LabelledTask):
+    """Linear probe and kNN on states before the head: what the image encoder knows without any text.
+
+    kNN: the k nearest training images by cosine vote with weight exp(cosine / 0.07). Linear: logistic regression, its
+    penalty chosen on a fifth of the training images.
+
+    `lift-eval probe --run runs/a --train imagenet/train --data imagenet/val`
+
+    `lift-eval probe --run runs/a --train 'data/shapes/train-*.tar' --data 'data/shapes/test-*.tar'
+    --label-field captions --label-pattern 'circle|square|triangle|cross'`
+    """
+
+    task: ClassVar[str] = "probe"
+
+    train: Annotated[list[str], _several()] = Field(
+        description="Labelled training images, of the kind of --data."
+    )
+    data: Annotated[list[str], _several()] = Field(
+        description="Labelled test images: folder with a folder per class; with --label-field, shards or tables."
+    )
+    k: Annotated[int, _field()] = Field(20, ge=1, description="Neighbours that vote.")
+
+    def open(self) -> list[Evaluator]:
+        from lift_trainer.evaluators.captioned import name_of
+        from lift_trainer.evaluators.probe import Probe
+        from lift_trainer.rejects import Rejects
+
+        rejects = Rejects(self.max_bad)
+        train, test = self._labelled(self.train, rejects), self._labelled(self.data, rejects)
+        return [Probe(self.name or name_of(self.data[0]), train, test, self.k, rejects)]
+
+
+TASKS: dict[str, type[Task]] = {
+    kind.task: kind for kind in (RetrievalTask, ShapesTask, SugarCrepeTask, ZeroShotTask, ProbeTask)
+}
 
 
 def read_suite(path: Path) -> list[Task]:

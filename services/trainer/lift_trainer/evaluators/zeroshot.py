@@ -15,12 +15,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
-from lift_trainer.evaluators.classification import CUTOFF, Ranked, items_of, joined, rank_classes
+from lift_trainer.evaluators.classification import CUTOFF, Ranked, rank_classes
 from lift_trainer.evaluators.hard_negatives import NEAR
 from lift_trainer.evaluators.images import encode
+from lift_trainer.evaluators.items import Items
 from lift_trainer.evaluators.labelled import Labelled
 from lift_trainer.evaluators.protocol import Encoder
 from lift_trainer.evaluators.result import Result, scored
@@ -39,14 +41,23 @@ def class_vectors(prompts_ctd: torch.Tensor) -> torch.Tensor:
     return F.normalize(prompts_ctd.double().mean(1), dim=-1).to(prompts_ctd.dtype)
 
 
-def classify(x_nd: torch.Tensor, classes_cd: torch.Tensor, labels: torch.Tensor) -> Ranked:
-    """Rank of each image's class: unit vectors [n, D] and [c, D], int64 [n]."""
-    return joined(
-        [
-            rank_classes(x_nd[start : start + BLOCK] @ classes_cd.T, labels[start : start + BLOCK])
-            for start in range(0, len(x_nd), BLOCK)
-        ]
-    )
+def classify(
+    x_nd: torch.Tensor, names_ud: torch.Tensor, name_of_class: torch.Tensor, labels: torch.Tensor
+) -> Ranked:
+    """Rank of each image's class.
+
+    Args:
+        x_nd, names_ud: unit vectors of images and of distinct names.
+        name_of_class: int64 [c]. Classes of one name tie exactly so, as two products with equal vectors need not.
+        labels: int64 [n].
+    """
+    found = [
+        rank_classes(
+            (x_nd[start : start + BLOCK] @ names_ud.T)[:, name_of_class], labels[start : start + BLOCK]
+        )
+        for start in range(0, len(x_nd), BLOCK)
+    ]
+    return Ranked(*(np.concatenate(arrays) for arrays in zip(*found, strict=True)))
 
 
 @dataclass(frozen=True)
@@ -70,12 +81,16 @@ class ZeroShot:
         rejects.named.update(self.rejects.named)
         x_nd, kept = encode(self.images.index, encoder, rejects)
         images = self.images.take(kept)
-        classes_cd, prompt_mean = self._class_vectors(encoder)
-        ranked = classify(x_nd, classes_cd, torch.from_numpy(images.labels).to(x_nd.device))
+        names = [*dict.fromkeys(self.names)]
+        names_ud, prompt_mean = self._name_vectors(names, encoder)
+        name_of_class = torch.tensor([names.index(name) for name in self.names], device=x_nd.device)
+        ranked = classify(x_nd, names_ud, name_of_class, torch.from_numpy(images.labels).to(x_nd.device))
+        without = set(range(len(self.names))) - set(images.labels.tolist())
+        image = np.arange(len(kept))
         items = {
-            "top1": items_of(ranked.top(1)),
-            "top5": items_of(ranked.top(CUTOFF)),
-            "per_class": items_of(ranked.top(1), images.labels),
+            "top1": Items.of(image, ranked.top(1)),
+            "top5": Items.of(image, ranked.top(CUTOFF)),
+            "per_class": Items.of(image, ranked.top(1), images.labels),
         }
         chance, several = 1 / len(self.names), min(CUTOFF, len(self.names)) / len(self.names)
         return Result(
@@ -90,9 +105,7 @@ class ZeroShot:
             details={
                 "of": len(self.images.index),
                 "classes": len(self.names),
-                "classes_without_image": [
-                    name for i, name in enumerate(self.names) if i not in set(images.labels.tolist())
-                ],
+                "classes_without_image": [self.names[i] for i in sorted(without)],
                 "classes_of_one_name": sorted(n for n, times in Counter(self.names).items() if times > 1),
                 "templates": len(self.templates.sentences),
                 "ties": int((ranked.margin == 0).sum()),
@@ -101,16 +114,16 @@ class ZeroShot:
             },
         )
 
-    def _class_vectors(self, encoder: Encoder) -> tuple[torch.Tensor, torch.Tensor]:
-        """Unit vectors of the classes, [c, D], and the mean of all prompts' unit vectors, float64 [D]."""
+    def _name_vectors(self, names: Sequence[str], encoder: Encoder) -> tuple[torch.Tensor, torch.Tensor]:
+        """Unit vectors of distinct names, [u, D], and the mean of all prompts' unit vectors, float64 [D]."""
         found, sums = [], []
         at_once = max(1, PROMPTS // len(self.templates.sentences))
-        for start in range(0, len(self.names), at_once):
-            some = self.names[start : start + at_once]
+        for start in range(0, len(names), at_once):
+            some = names[start : start + at_once]
             y_nd = encoder.embed_texts([prompt for name in some for prompt in self.templates.of(name)])
             found.append(class_vectors(y_nd.unflatten(0, (len(some), -1))))
             sums.append(y_nd.double().sum(0))
-        prompts = len(self.names) * len(self.templates.sentences)
+        prompts = len(names) * len(self.templates.sentences)
         return torch.cat(found), torch.stack(sums).sum(0) / prompts
 
     def _digest(self, images: Labelled) -> str:
