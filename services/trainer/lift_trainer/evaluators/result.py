@@ -79,7 +79,8 @@ class Result(_Frozen):
         """Write `DIRECTORY/TASK-NAME-PROTOCOL.json`. Raises CacheFull, StorageFailed."""
         directory.mkdir(parents=True, exist_ok=True)
         path = directory / f"{self.stem}.json"
-        write_atomic(path, (self.model_dump_json() + "\n").encode())
+        # Not pydantic's JSON, which has no way to write the name of a file that is not UTF-8.
+        write_atomic(path, (json.dumps(self.model_dump(), separators=(",", ":")) + "\n").encode())
         return path
 
     @classmethod
