@@ -315,8 +315,17 @@ def _state(job: Job, step: int, bad: dict[str, str]) -> State:
         index_digest=job.index.digest,
         texts=job.text_states,
         bad=bad,
-        libraries={"torch": torch.__version__, "timm": timm.__version__},
+        libraries={
+            "torch": torch.__version__,
+            "timm": timm.__version__,
+            "device": _device_name(job.device),
+            "devices": str(world_size()),
+        },
     )
+
+
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
 def worker_count(config: TrainConfig, in_memory: bool, device: torch.device) -> int:

@@ -45,7 +45,7 @@ class State(BaseModel):
     bad: dict[str, str]
     """Broken samples met so far: place → reason."""
     libraries: dict[str, str]
-    """Versions; that of lift-trainer with the commit, where it runs from a checkout."""
+    """Versions; that of lift-trainer with the commit, where it runs from a checkout; device and number of devices."""
     files: dict[str, str] = {}
     """Name → BLAKE2b-128 of the files beside this one."""
 
