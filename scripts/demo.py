@@ -211,8 +211,7 @@ def main() -> None:
         run([TRAINER / "lift-train", "--config", SETTINGS, *given])
 
     def evaluate() -> None:
-        for run_dir in (real, permuted):
-            run([TRAINER / "lift-eval", "retrieval", "--run", run_dir, "--data", test])
+        run([TRAINER / "lift-eval", "retrieval", "--run", real, permuted, "--data", test])
 
     demo.stage(
         "model",
@@ -251,7 +250,11 @@ def main() -> None:
         lambda: train_one(permuted, "--text-control", "permuted"),
     )
     demo.stage(
-        "evaluate", "retrieval among the 191 held-out emoji", [], [real / "eval", permuted / "eval"], evaluate
+        "evaluate",
+        "retrieval among the 191 held-out emoji",
+        ["karpathy"],
+        [real / "eval", permuted / "eval"],
+        evaluate,
     )
     demo.stage(
         "report",

@@ -7,8 +7,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from lift_trainer.report.markup import Markup, tag
+from lift_trainer.report.words import short
 
 MAX_POINTS = 240
+DOTS = 48
+"""Points of a line that answer the pointer."""
 LEFT, RIGHT, TOP, BOTTOM = 44, 14, 10, 34
 
 
@@ -55,7 +58,7 @@ def line_chart(
     below = [
         tag("text", number(x), x=at_x(x), y=height - BOTTOM + 18, text_anchor="middle")
         for x in x_ticks
-        if at_x(x) < width - RIGHT - 40
+        if at_x(x) < width - RIGHT - 7 * len(x_name) - 16
     ]
     reference = None
     if level is not None:
@@ -75,14 +78,14 @@ def line_chart(
     hovers = [
         tag(
             "circle",
-            tag("title", f"{line.name} · {x_name} {x:,.0f} · {y_name} {y:.4g}"),
+            tag("title", f"{line.name} · {x_name} {number(x)} · {y_name} {y:.4g}"),
             cx=at_x(x),
             cy=at_y(y),
             r=5,
             class_=f"dot {line.style}",
         )
         for line in lines
-        for x, y in line.points
+        for x, y in _some(line.points)
     ]
     last = tag("text", x_name, x=width - RIGHT, y=height - BOTTOM + 18, text_anchor="end")
     label = f"{y_name} by {x_name}: " + "; ".join(
@@ -104,10 +107,16 @@ def ticks(low: float, high: float, about: int) -> list[float]:
 
 
 def number(value: float) -> str:
-    """`12,500` and `0.35`."""
-    return (
-        f"{value:,.0f}" if abs(value) >= 1000 else f"{value:g}" if value == round(value) else f"{value:.3g}"
-    )
+    """`0.35`, `5`, `1,250`, `12.8k`, `3.1P`."""
+    if abs(value) >= 10_000:
+        return short(value)
+    return f"{value:,.0f}" if value == round(value) else f"{value:.3g}"
+
+
+def _some(points: Sequence[tuple[float, float]]) -> Sequence[tuple[float, float]]:
+    """At even distances, the last one among them."""
+    each = math.ceil(len(points) / DOTS)
+    return points[(len(points) - 1) % each :: each]
 
 
 def _thin(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:

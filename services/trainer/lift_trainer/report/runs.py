@@ -8,13 +8,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, FiniteFloat, TypeAdapter, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, TypeAdapter, ValidationError, field_validator
 
 from lift_cache.errors import BadSource, LiftError
 from lift_cache.recipe import Recipe
 from lift_cache.snapshot import Manifest, find_snapshot, load_manifest, split_location
+from lift_trainer.evaluators.result import Result
 from lift_trainer.record import as_current
 
 
@@ -22,49 +23,6 @@ class _Lenient(BaseModel):
     """Only what the page shows; files may hold more."""
 
     model_config = ConfigDict(frozen=True, extra="ignore")
-
-
-class Recall(BaseModel):
-    model_config = ConfigDict(
-        frozen=True, extra="forbid", alias_generator=lambda name: name.replace("_", "@")
-    )
-
-    r_1: float
-    r_5: float
-    r_10: float
-
-    def values(self) -> tuple[float, float, float]:
-        return self.r_1, self.r_5, self.r_10
-
-
-class Ranked(_Lenient):
-    sample: str
-    shard: Path
-    right: bool
-    score: float
-
-
-class Shown(_Lenient):
-    """One caption of the gallery and its best images, best first."""
-
-    caption: str
-    images: tuple[Ranked, ...]
-
-
-class Retrieval(_Lenient):
-    task: Literal["retrieval"]
-    protocol: str
-    items: int
-    captions: int
-    chance: Recall
-    image_to_text: Recall
-    text_to_image: Recall
-    gallery: tuple[Shown, ...] = ()
-    left_out: dict[str, str] = {}
-    checkpoint: str
-    snapshot: str | None = None
-    recipe: str | None = None
-    text_control: str = "none"
 
 
 class Point(_Lenient):
@@ -75,7 +33,11 @@ class Point(_Lenient):
 
 
 class HeldOutScores(_Lenient):
+    model_config = ConfigDict(frozen=True, extra="ignore", populate_by_name=True)
+
     loss: FiniteFloat
+    image_to_text: float | None = Field(None, alias="r@1_image_to_text")
+    text_to_image: float | None = Field(None, alias="r@1_text_to_image")
 
 
 class HeldOutPoint(_Lenient):
@@ -88,6 +50,7 @@ class Config(_Lenient):
 
     cache: tuple[str, ...] = ()
     tower: str
+    text_tower: str = "cached"
     image_size: int
     loss: str
     mask: str = "none"
@@ -107,6 +70,8 @@ class Text(_Lenient):
 
     snapshot: str | None = None
     recipe: Recipe | None = None
+    dimensions: int | None = None
+    """Width after the transform."""
 
 
 class State(_Lenient):
@@ -153,11 +118,18 @@ class Run:
     settings: dict[str, Any]
     """All of `config.json`, for the table."""
     state: State
+    checkpoint: Path
+    """The newest one, which the state is of."""
     points: tuple[Point, ...]
     held_out: tuple[HeldOutPoint, ...]
     """Scored while training, where that was asked for."""
-    evaluations: dict[str, Retrieval]
-    """By data name: `test` of `eval/retrieval-test.json`."""
+    results: tuple[Result, ...]
+    """Of its evaluations, by the names of their files."""
+
+    @property
+    def samples(self) -> int:
+        """Images that the newest checkpoint has seen, each time counted."""
+        return self.state.step * self.config.batch_size
 
     @property
     def seconds(self) -> float:
@@ -176,32 +148,37 @@ class CacheCard:
         return sum(segment.size for segment in self.manifest.segments)
 
 
-def open_run(argument: str) -> Run:
-    """`DIR` or `NAME=DIR`. Raises `BadSource`: no run there, nothing evaluated, a file of another shape."""
+def named(argument: str) -> tuple[str, Path]:
+    """`DIR` or `NAME=DIR` → what to call it, and the folder."""
     name, equals, folder = argument.partition("=")
     if not equals or Path(argument).is_dir():
         name, folder = "", argument
-    path = Path(folder)
+    return name or Path(folder).resolve().name, Path(folder)
+
+
+def open_run(argument: str) -> Run:
+    """`DIR` or `NAME=DIR`. Raises `BadSource`: no run there, nothing evaluated, a file of another shape."""
+    name, path = named(argument)
     if not (path / "config.json").is_file():
         raise BadSource(
             f"{path} is no training run (no config.json); name the folder given to lift-train --run"
         )
-    found = sorted((path / "eval").glob("retrieval-*.json"))
+    found = sorted((path / "eval").glob("*.json"))
     if not found:
         raise BadSource(f"{path} has no evaluation; first: lift-eval retrieval --run {path} --data SHARDS")
     settings = _json(path / "config.json")
+    checkpoint, state = _newest(path)
     points, held_out = _points(path / "metrics.jsonl")
     return Run(
-        name=name or path.resolve().name,
+        name=name,
         path=path,
         config=_parse(Config, settings, path / "config.json"),
         settings=settings,
-        state=_state(path),
+        state=state,
+        checkpoint=checkpoint,
         points=points,
         held_out=held_out,
-        evaluations={
-            file.stem.removeprefix("retrieval-"): _parse(Retrieval, _json(file), file) for file in found
-        },
+        results=tuple(map(Result.read, found)),
     )
 
 
@@ -234,16 +211,17 @@ def open_fill_summary(path: Path) -> FillSummary:
     return _parse(FillSummary, _json(path), path)
 
 
-def _state(run: Path) -> State:
+def _newest(run: Path) -> tuple[Path, State]:
     latest = run / "checkpoints" / "latest"
     try:
         name = latest.read_text().strip()
     except OSError:
         raise BadSource(f"{run} has no checkpoint; the same lift-train command makes one") from None
-    path = run / "checkpoints" / Path(name).name / "state.json"
+    checkpoint = run / "checkpoints" / Path(name).name
+    path = checkpoint / "state.json"
     written = _json(path)
     try:
-        return _parse(State, as_current(path, written), path)
+        return checkpoint, _parse(State, as_current(path, written), path)
     except (LookupError, TypeError):
         raise BadSource(f"{path}: no version in it; torn?") from None
 
