@@ -14,12 +14,12 @@ from torch import nn
 
 from lift_cache.bulk import write_cache
 from lift_cache.encoding import Encoding
-from lift_cache.errors import BadConfig, BadSource, LiftError, MissingCaptions
+from lift_cache.errors import BadConfig, BadSource, LiftError, MissingCaptions, RecipeMismatch
 from lift_cache.recipe import Recipe
 from lift_trainer.cli import eval_main
 from lift_trainer.evaluators.released import IMAGENET_MEAN, IMAGENET_STD, ReleasedModel
 from lift_trainer.images import OPENAI_MEAN, OPENAI_STD, center_view
-from tests.unit.trainer.conftest import png, write_tar
+from tests.unit.trainer.conftest import Embedder, png, write_tar
 
 open_clip = pytest.importorskip("open_clip")
 
@@ -121,6 +121,26 @@ def test_lifts_texts_come_from_the_cache_at_unit_length_and_no_others_are_made_u
     assert ours.subject.recipe == recipe.fingerprint and ours.subject.snapshot
     with pytest.raises(MissingCaptions, match=r"\('three'\) are not in snapshot"):
         ours.embed_texts(["three"])
+
+
+def test_lifts_texts_from_a_server_are_kept_and_of_the_caches_recipe(
+    tmp_path: Path, cache: Path, recipe: Recipe, vectors: Callable[..., np.ndarray], embedder: Embedder
+) -> None:
+    path = tmp_path / "lift.pt"
+    torch.save(randomised(Lift()).state_dict(), path)
+    for _ in range(2):
+        ours = ReleasedModel.open(path, "cpu", cache=str(cache), server=embedder.url)
+        found = ours.embed_texts(["one", "three", "two"])
+        assert (found[1] - DIMENSIONS**-0.5).abs().max() < 1e-6  # the fake one says a constant
+        assert embedder.embedded == ["three"]
+    alone = ReleasedModel.open(path, "cpu", server=embedder.url)
+    assert alone.subject.recipe == recipe.fingerprint and alone.subject.snapshot is None
+    assert torch.allclose(alone.embed_texts(["three"]), found[1:2])
+    other = tmp_path / "other"
+    mean = recipe.model_copy(update={"pooling": "mean"})
+    write_cache(other, mean, Encoding(dtype="float32", dimensions=DIMENSIONS), ["one"], vectors(1))
+    with pytest.raises(RecipeMismatch, match=r"pooling is 'mean' in .*other and 'last' in http"):
+        ReleasedModel.open(path, "cpu", cache=str(other), server=embedder.url).embed_texts(["four"])
 
 
 def test_a_checkpoint_as_their_training_saves_it_is_read_too(tmp_path: Path) -> None:
@@ -232,7 +252,7 @@ def test_texts_that_do_not_belong_to_the_file_are_refused(
     narrow = tmp_path / "narrow"
     write_cache(narrow, recipe, Encoding(dimensions=16), ["one"], vectors(1)[:, :16])
     with pytest.raises(BadConfig, match=r"makes vectors of 24 dimensions, and those of .*narrow.* have 16"):
-        _ = ReleasedModel.open(lift, "cpu", cache=str(narrow)).subject
+        ReleasedModel.open(lift, "cpu", cache=str(narrow))
 
 
 def test_weights_that_make_no_numbers_are_refused_by_name(tmp_path: Path) -> None:
@@ -275,10 +295,10 @@ def test_the_command_scores_released_files_side_by_side(
 
 
 @pytest.mark.slow
-def test_the_published_shapes_load(tmp_path: Path, recipe: Recipe) -> None:
+def test_the_published_shapes_load(tmp_path: Path, cache: Path) -> None:
     """ViT-B/16 at 224 with average pooling, and CLIP with 323 tokens, as their configurations say."""
-    torch.save(Lift(width=768, layers=12).state_dict(), tmp_path / "lift.pt")
-    vit = ReleasedModel.open(tmp_path / "lift.pt", "cpu", server="http://nowhere").model.tower.vit
+    torch.save(Lift(width=768, layers=12, side=224).state_dict(), tmp_path / "lift.pt")
+    vit = ReleasedModel.open(tmp_path / "lift.pt", "cpu", cache=str(cache)).model.tower.vit
     assert (vit.embed_dim, len(vit.blocks), vit.blocks[0].attn.num_heads) == (768, 12, 12)  # type: ignore[attr-defined]
     text = {"context_length": 323, "width": 512, "heads": 8, "layers": 12}
     theirs = open_clip.CLIP(
@@ -287,8 +307,8 @@ def test_the_published_shapes_load(tmp_path: Path, recipe: Recipe) -> None:
     torch.save(theirs.state_dict(), tmp_path / "clip.pt")
     ours = ReleasedModel.open(tmp_path / "clip.pt", "cpu")
     with torch.inference_mode():
-        expected = theirs.encode_image(scaled(views(count=1)), normalize=True)
+        expected = theirs.encode_image(scaled(views(224, 1)), normalize=True)
         tokens = open_clip.tokenize(["a red circle " * 200], context_length=323)
         texts = theirs.encode_text(tokens, normalize=True)
-    assert (ours.embed_images(views(count=1)) - expected).abs().max() < 1e-5
+    assert (ours.embed_images(views(224, 1)) - expected).abs().max() < 1e-5
     assert (ours.embed_texts(["a red circle " * 200]) - texts).abs().max() < 1e-5

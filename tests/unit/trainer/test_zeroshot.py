@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from lift_cache.errors import BadConfig, BadSource
+from lift_cache.errors import BadConfig, BadSource, MissingCaptions
 from lift_trainer.cli import eval_main
 from lift_trainer.evaluators.classification import Ranked, rank_classes
 from lift_trainer.evaluators.labelled import Labelled, class_names, read_class_names
@@ -22,7 +22,7 @@ from lift_trainer.evaluators.zeroshot import ZeroShot, class_vectors, classify
 from lift_trainer.job import prepare
 from lift_trainer.loop import train
 from lift_trainer.rejects import Rejects
-from tests.unit.trainer.conftest import World, png, write_tar
+from tests.unit.trainer.conftest import Embedder, World, png, write_tar
 
 SIDE = 16
 
@@ -403,6 +403,25 @@ def test_the_command_takes_prompts_through_the_runs_cache_and_says_what_is_missi
     )
     assert lift_eval(*flags, "lift2") == 2
     assert "--prompts lift2: No such file or directory; give lift1 or openai80" in capsys.readouterr().err
+
+
+def test_prompts_that_the_cache_lacks_are_embedded_once(
+    trained: World, embedder: Embedder, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = image_folder(trained.root / "drawings", ["0", "1"])
+    flags = ["zeroshot", "--run", str(trained.root / "run"), "--data", str(folder), "--prompts", "lift1"]
+    for _ in range(2):
+        assert lift_eval(*flags, "--server", embedder.url) == 0
+        assert embedder.embedded == ["It is a photo of a 0", "It is a photo of a 1"]
+
+
+def test_missing_prompts_are_said_before_an_image_is_read(trained: World) -> None:
+    folder = image_folder(trained.root / "drawings", ["0", "1"])
+    images = Labelled.open([str(folder)], rejects := Rejects(0))
+    (folder / "0" / "ILSVRC2012_val_00.JPEG").write_bytes(b"broken")
+    task = ZeroShot("drawings", images, images.classes, Templates.read("openai80"), rejects)
+    with pytest.raises(MissingCaptions, match="160 of 160 captions"):
+        task.evaluate(TrainedRun.open(trained.root / "run", "cpu"))
 
 
 def test_scores_do_not_depend_on_the_batch_size(trained: World) -> None:

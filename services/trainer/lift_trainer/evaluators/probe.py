@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 
 from lift_cache.errors import BadSource
+from lift_cache.tools.common import progress
 from lift_trainer.evaluators.classification import rank_classes
 from lift_trainer.evaluators.images import encode
 from lift_trainer.evaluators.items import Items
@@ -30,7 +31,7 @@ from lift_trainer.rejects import Rejects
 from lift_trainer.sampling import ORDER, permutation
 
 TEMPERATURE = 0.07
-CELLS = 1 << 25
+CELLS = 1 << 24
 """Similarities held at a time."""
 
 STRENGTHS = tuple(10.0**power for power in range(1, -7, -1))
@@ -49,7 +50,6 @@ def knn_votes(
     """Votes for each class: states [n, D] with labels int64 [n], states [m, D] → [m, c]."""
     train, test = F.normalize(train_nd, dim=-1), F.normalize(test_md, dim=-1)
     k = min(k, len(train))
-    of_class = F.one_hot(labels, classes).to(train.dtype)
     votes = []
     at_once = max(1, CELLS // len(train))
     for start in range(0, len(test), at_once):
@@ -60,7 +60,7 @@ def knn_votes(
         share = nearer + equal * places.to(cosine_bn.dtype)
         # Relative to the nearest, which changes no order, so that float32 does not lose the far ones.
         weight = ((cosine_bn - cosine_bn.amax(1, keepdim=True)) / TEMPERATURE).exp() * share
-        votes.append(weight @ of_class)
+        votes.append(weight.new_zeros(len(weight), classes).index_add_(1, labels, weight))
     return torch.cat(votes)
 
 
@@ -137,10 +137,12 @@ def choose_linear(states_nd: torch.Tensor, labels: torch.Tensor, classes: int) -
     tried: dict[float, float] = {}
     fitted: Linear | None = None
     if apart.any():
-        for strength in STRENGTHS:
-            fitted = fit_linear(states_nd[~apart], labels[~apart], classes, strength, fitted)
-            ranked = rank_classes(fitted(states_nd[apart]), labels[apart])
-            tried[strength] = float(ranked.top(1).mean())
+        with progress(len(STRENGTHS), "linear probes") as advance:
+            for strength in STRENGTHS:
+                fitted = fit_linear(states_nd[~apart], labels[~apart], classes, strength, fitted)
+                ranked = rank_classes(fitted(states_nd[apart]), labels[apart])
+                tried[strength] = float(ranked.top(1).mean())
+                advance(1)
     best = max(tried, key=tried.__getitem__, default=UNCHOSEN)
     final = fit_linear(states_nd, labels, classes, best)
     return Chosen(final, best, {f"{strength:g}": score for strength, score in tried.items()})

@@ -274,7 +274,8 @@ class ReleasedModel:
         """
         Raises:
             BadSource: not a released file, or what their code saves.
-            BadConfig: it is LIFT, and there is neither cache nor server. CLIP needs none.
+            BadConfig: it is LIFT, and there is neither cache nor server, or they are of another width. CLIP needs none.
+            CacheNotFound, CacheDamaged, ServerUnavailable.
         """
         where, model = choose_device(device), load_model(path)
         if model.kind == "lift" and not (cache or server):
@@ -288,7 +289,9 @@ class ReleasedModel:
         if pixel_stats == "reference":
             model.tower.mean.copy_(torch.tensor(IMAGENET_MEAN).view(3, 1, 1))
             model.tower.std.copy_(torch.tensor(IMAGENET_STD).view(3, 1, 1))
-        return cls(path, model, where, pixel_stats, cache, server, batch_size)
+        opened = cls(path, model, where, pixel_stats, cache, server, batch_size)
+        _ = opened._texts  # what is wrong with them is said before any image is read
+        return opened
 
     @property
     def directory(self) -> Path:
@@ -349,7 +352,7 @@ class ReleasedModel:
     def _stored(self, captions: Sequence[str]) -> torch.Tensor:
         """Vectors of distinct, normalised captions, float [n, D], from the cache, else from the server."""
         source = self._texts
-        if source.location is None:
+        if source.location is None or source.recipe is None:
             assert self.server is not None
             with EmbeddingClient(self.server, priority="bulk") as client:
                 return torch.from_numpy(client.embed(captions).vectors)
@@ -358,7 +361,7 @@ class ReleasedModel:
             caches=[source.location],
             on_missing="embed" if self.server else "error",
             server=self.server,
-            overlay=self.directory / "overlay.safetensors",
+            overlay=self.directory / f"overlay-{source.recipe.fingerprint[:12]}.safetensors",
         )
         return torch.from_numpy(np.ascontiguousarray(text.gather(np.arange(len(captions)))))
 

@@ -77,12 +77,12 @@ class ZeroShot:
         return self.templates.name
 
     def evaluate(self, encoder: Encoder) -> Result:
+        names = [*dict.fromkeys(self.names)]
+        names_ud, prompt_mean = self._name_vectors(names, encoder)  # first, as they may be missing
         rejects = Rejects(self.rejects.limit)
         rejects.named.update(self.rejects.named)
         x_nd, kept = encode(self.images.index, encoder, rejects)
         images = self.images.take(kept)
-        names = [*dict.fromkeys(self.names)]
-        names_ud, prompt_mean = self._name_vectors(names, encoder)
         name_of_class = torch.tensor([names.index(name) for name in self.names], device=x_nd.device)
         ranked = classify(x_nd, names_ud, name_of_class, torch.from_numpy(images.labels).to(x_nd.device))
         without = set(range(len(self.names))) - set(images.labels.tolist())
