@@ -25,6 +25,7 @@ from lift_cache.files import publish, room_for, temporary_name
 from lift_cache.keys import caption_keys
 from lift_cache.reader import CacheReader
 from lift_cache.recipe import Recipe
+from lift_cache.tools.common import progress
 from lift_trainer.index_file import Strings
 from lift_trainer.samples import Index
 from lift_trainer.sampling import PERMUTE, permutation
@@ -38,6 +39,9 @@ LENGTHS = 256
 
 COUNTED = 100_000
 """Captions that stand for all when those longer than a context are counted (some seconds)."""
+EMBEDDED = 4096
+"""Captions asked of a server between two steps of the progress bar."""
+
 TOKENIZED = 4096
 """Captions whose tokens are held while they are counted."""
 
@@ -291,15 +295,21 @@ def _embed(reader: CacheReader, captions: list[str], server: str, overlay: Path)
                     f"{client.url} answers {info.encoding.dimensions} dimensions and {reader.path} keeps "
                     f"{reader.dimensions}; serve from a cache with the same encoding"
                 )
-            fetched = client.embed([captions[i] for i in absent], on_error="return")
-        for i, error in fetched.errors.items():
-            raise BadCaption(
-                f"{client.url} has no vector for {captions[absent[i]][:60]!r} ({error.message}); "
-                "leave such captions out with --on-missing skip"
-            )
+            fetched = []
+            with progress(len(absent), "captions embedded") as advance:
+                for start in range(0, len(absent), EMBEDDED):
+                    some = [captions[i] for i in absent[start : start + EMBEDDED]]
+                    answered = client.embed(some, on_error="return")
+                    for i, error in answered.errors.items():
+                        raise BadCaption(
+                            f"{client.url} has no vector for {some[i][:60]!r} ({error.message}); "
+                            "leave such captions out with --on-missing skip"
+                        )
+                    fetched.append(answered.vectors)
+                    advance(len(some))
         known |= {bytes(wanted[i]): len(keys) + n for n, i in enumerate(absent)}
         keys = np.concatenate([keys, wanted[absent]])
-        vectors = np.concatenate([vectors, fetched.vectors])
+        vectors = np.concatenate([vectors, *fetched])
         _save_overlay(overlay, keys, vectors, reader.recipe)
         print(f"embedded {len(absent):,} captions at {client.url}, kept in {overlay}", file=sys.stderr)
     return vectors[[known[bytes(key)] for key in wanted]]

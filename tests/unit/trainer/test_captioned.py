@@ -62,7 +62,7 @@ def test_five_captions_count_and_a_missing_image_is_named(tmp_path: Path, images
     assert result.protocol == "karpathy"
     assert list(result.left_out) == [str(images / f"{4:012}.jpg")]
     assert result.scores["r@1_image_to_text"].items == 4
-    assert result.scores["r@1_text_to_image"].items == 20 == len(encoder.asked)
+    assert result.scores["r@1_text_to_image"].items == 20 and len(encoder.asked) == 25
     assert Retrieval("coco", data, "lift").evaluate(encoder).scores["r@1_text_to_image"].items == 4
 
 

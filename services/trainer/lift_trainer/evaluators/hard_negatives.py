@@ -56,6 +56,11 @@ class HardNegatives:
     def evaluate(self, encoder: Encoder) -> Result:
         rejects = Rejects(self.max_bad)
         rejects.named.update(self.left_out or {})
+        texts = [
+            *dict.fromkeys(text for choices in self.choices.values() for _, *pair in choices for text in pair)
+        ]
+        number = {text: i for i, text in enumerate(texts)}
+        y_ud = encoder.embed_texts(texts)  # first: what is wrong with texts is known before images are read
         x_nd, kept = encode(self.images, encoder, rejects)
         place = np.full(len(self.images), -1)
         place[kept] = np.arange(len(kept))
@@ -66,9 +71,6 @@ class HardNegatives:
         flat = [choice for choices in chosen.values() for choice in choices]
         if not flat:
             raise BadSource(f"{self.name}: no item is left")
-        texts = [*dict.fromkeys(text for _, *pair in flat for text in pair)]
-        number = {text: i for i, text in enumerate(texts)}
-        y_ud = encoder.embed_texts(texts)
         image = np.array([choice.image for choice in flat])
         own = torch.tensor([number[choice.caption] for choice in flat], device=x_nd.device)
         other = torch.tensor([number[choice.negative] for choice in flat], device=x_nd.device)

@@ -161,9 +161,12 @@ class Retrieval:
     def evaluate(self, encoder: Encoder) -> Result:
         rejects = Rejects(self.max_bad)
         rejects.named.update(self.left_out or {})
+        every = Texts.of(self.data.captions, self.protocol).captions
+        y_ed = encoder.embed_texts(every)  # first: what is wrong with texts is known before images are read
+        number = {caption: i for i, caption in enumerate(every)}
         x_nd, kept = encode(self.data.images, encoder, rejects)
         texts = Texts.of([self.data.captions[image] for image in kept], self.protocol)
-        y_ud = encoder.embed_texts(texts.captions)
+        y_ud = y_ed[torch.tensor([number[caption] for caption in texts.captions], device=y_ed.device)]
         ranks = rank_texts(x_nd, y_ud, texts)
         items = score_items(ranks, texts)
         return Result(
