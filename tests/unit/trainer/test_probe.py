@@ -129,6 +129,15 @@ def test_the_linear_probe_is_scikit_learns_logistic_regression(strength: float) 
     assert found == pytest.approx(theirs.score(test, truth), abs=1e-9) and 0.3 < found < 1
 
 
+def test_a_probe_of_states_that_are_no_numbers_is_wrong_and_ends() -> None:
+    x, labels = (torch.from_numpy(array) for array in clusters(20, 0))
+    x[3] = torch.nan
+    with torch.no_grad():  # as while a model is trained
+        chosen = choose_linear(*standardised(x), labels, CLASSES)
+        assert rank_classes(chosen.linear(x), labels).top(1).sum() == 0
+        assert choose_linear(*standardised(x[4:]), labels[4:], CLASSES).linear.gradient < 1e-6
+
+
 def test_where_it_begins_does_not_change_where_it_ends() -> None:
     x, labels = (torch.from_numpy(array) for array in clusters(60, 0))
     cold = fit_linear(x, labels, CLASSES, 1e-2)

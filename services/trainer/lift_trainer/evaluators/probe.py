@@ -84,7 +84,12 @@ def fit_linear(
     Args:
         states_nd: float64 [n, D]. labels: int64 [n].
         start: where to begin; it changes the time, not the minimum.
+
+    States that are not finite have no minimum: the weights are no numbers then, so that every answer is wrong.
     """
+    if not states_nd.isfinite().all():
+        nan = states_nd.new_full((classes, states_nd.shape[1]), torch.nan)
+        return Linear(nan, nan[:, 0], torch.nan)
     weight, bias = (
         (start.weight.clone(), start.bias.clone())
         if start

@@ -32,7 +32,7 @@ from lift_cache.errors import BadConfig, BadSource, LiftError
 from lift_cache.keys import normalise
 from lift_cache.reader import CacheReader
 from lift_cache.recipe import Recipe
-from lift_trainer.config import TextShape
+from lift_trainer.config import TextShape, TrainConfig
 from lift_trainer.evaluators.result import Subject
 from lift_trainer.heads import unit_vectors
 from lift_trainer.job import choose_device
@@ -46,7 +46,7 @@ PixelStats = Literal["training", "reference"]
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
-MAX_PIXELS = 100_000_000
+MAX_PIXELS: int = TrainConfig.model_fields["max_pixels"].default
 HEAD_WIDTH = 64
 """Of attention, in all of open_clip's ViTs."""
 TEXTS = 256
