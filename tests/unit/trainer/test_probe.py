@@ -55,6 +55,7 @@ def test_votes_are_those_of_dinos_protocol(k: int) -> None:
         assert np.abs(got / got.sum() - shares).max() < 1e-9
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("k", [1, 9])
 def test_knn_accuracy_is_that_of_scikit_learn(k: int) -> None:
     neighbours = pytest.importorskip("sklearn.neighbors")
@@ -117,6 +118,7 @@ def test_the_minimum_is_newtons(strength: float) -> None:
     assert np.abs(shifted - (bias - bias.mean())).max() < 1e-5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("strength", [1.0, 1e-3])
 def test_the_linear_probe_is_scikit_learns_logistic_regression(strength: float) -> None:
     linear = pytest.importorskip("sklearn.linear_model")

@@ -39,6 +39,7 @@ def features(n: int, c: int, seed: int = 0, width: int = 6) -> tuple[np.ndarray,
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("n", "c"), [(500, 12), (40, 5), (7, 2), (1, 30)])
 def test_scores_are_those_of_scikit_learn(n: int, c: int) -> None:
     metrics = pytest.importorskip("sklearn.metrics")

@@ -140,16 +140,19 @@ def choose_linear(states_nd: torch.Tensor, labels: torch.Tensor, classes: int) -
     """Fit with the λ that does best on held-out training images; of equals, the strongest."""
     apart = torch.from_numpy(held_out(labels.cpu().numpy())).to(labels.device)
     tried: dict[float, float] = {}
-    fitted: Linear | None = None
+    fitted: dict[float, Linear] = {}
+    last: Linear | None = None
     if apart.any():
         with progress(len(STRENGTHS), "linear probes") as advance:
             for strength in STRENGTHS:
-                fitted = fit_linear(states_nd[~apart], labels[~apart], classes, strength, fitted)
-                ranked = rank_classes(fitted(states_nd[apart]), labels[apart])
+                last = fitted[strength] = fit_linear(
+                    states_nd[~apart], labels[~apart], classes, strength, last
+                )
+                ranked = rank_classes(last(states_nd[apart]), labels[apart])
                 tried[strength] = float(ranked.top(1).mean())
                 advance(1)
     best = max(tried, key=tried.__getitem__, default=UNCHOSEN)
-    final = fit_linear(states_nd, labels, classes, best)
+    final = fit_linear(states_nd, labels, classes, best, fitted.get(best))
     return Chosen(final, best, {f"{strength:g}": score for strength, score in tried.items()})
 
 
