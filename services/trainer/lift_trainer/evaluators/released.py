@@ -98,9 +98,12 @@ def read_weights(path: Path) -> State:
         raise BadSource(f"{path}: {error.strerror or error}") from None
     except SafetensorError as error:
         raise BadSource(f"{path}: not safetensors ({error})") from None
-    except Exception as error:  # torch.load has no error of its own: pickle's, zipfile's, RuntimeError, …
-        first = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise BadSource(f"{path}: cannot be read as weights ({first})") from None
+    except Exception:  # torch.load has no error of its own: pickle's, zipfile's, RuntimeError, …
+        # torch's own text advises to let the file run code.
+        raise BadSource(
+            f"{path}: not a file of PyTorch weights, or it holds more than tensors and plain values, which is not read "
+            "as it could run code"
+        ) from None
     for name in ("state_dict", "model", "module"):
         if isinstance(content, dict) and isinstance(content.get(name), dict):
             content = content[name]
