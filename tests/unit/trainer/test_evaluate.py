@@ -60,11 +60,15 @@ def test_a_suite_evaluates_every_task_for_every_run(
         for path in (run / "eval").iterdir():
             assert f"written to {path}" in shown.err
     first, second = shown.out.strip().split("\n\n")
-    assert first.startswith("retrieval · first · lift · 28") and second.startswith(
-        "retrieval · train · karpathy · 28"
+    assert first.startswith("retrieval · first · lift\n") and second.startswith(
+        "retrieval · train · karpathy\n"
     )
-    head = second.splitlines()[1].split()
-    assert head == ["a", "b", "chance"]
+    assert second.splitlines()[1].split() == ["a", "b", "chance", "items"]
+    assert {line.split()[0]: line.split()[-1] for line in second.splitlines()[2:5]} == {
+        "r@1_image_to_text": "28",
+        "r@1_text_to_image": "35",
+        "r@1_mean": "63",
+    }
     assert f"next: lift-report {trained.root / 'a'} {trained.root / 'b'}" in shown.err
 
 

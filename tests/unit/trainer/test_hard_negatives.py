@@ -230,6 +230,20 @@ def test_captions_that_are_equal_after_normalisation_are_counted_and_wrong(tmp_p
     assert result.items["add_obj"].value[0] == 0.0
 
 
+def test_a_choice_that_another_device_could_turn_around_is_counted(tmp_path: Path) -> None:
+    items = published(np.random.default_rng(3))
+    encoder = known(items, np.random.default_rng(3))
+    items["add_att"]["0"] |= {"caption": "near", "negative_caption": "nearly"}
+    items["add_att"]["1"] |= {"caption": "far", "negative_caption": "nearly"}
+    items["add_att"] = {key: item | {"filename": f"{0:012}.jpg"} for key, item in items["add_att"].items()}
+    x = encoder.images[0] = np.array([1, 0, 0], np.float32)
+    unit = {"near": x * (0.5 + 2e-6), "nearly": x * 0.5, "far": x * 0.6}
+    encoder.texts = {**encoder.texts, **{text: v.astype(np.float32) for text, v in unit.items()}}
+    result = open_sugarcrepe(*write_sugarcrepe(tmp_path, items), "coco").evaluate(encoder)
+    assert result.items["add_att"].value[:2] == (1.0, 1.0)
+    assert result.details["near_ties"]["add_att"] == result.details["ties"]["add_att"] + 1
+
+
 def test_files_of_another_shape_are_one_clear_line(tmp_path: Path) -> None:
     items = published(np.random.default_rng(0))
     data, images = write_sugarcrepe(tmp_path, items)

@@ -11,37 +11,27 @@ from lift_trainer.evaluators.result import Result, Score
 
 
 def table(results: Sequence[Result]) -> str:
-    """One table for every task, data and protocol: rows are scores, columns those who have them."""
+    """One table for all that have the same task, data, protocol and items: rows are scores, columns encoders."""
     by_data = sorted(results, key=_data)
     return "\n\n".join("\n".join(_one(list(some))) for _, some in groupby(by_data, _data))
 
 
-def _data(result: Result) -> tuple[str, str, str]:
-    return result.task, result.name, result.protocol
+def _data(result: Result) -> tuple[str, str, str, str]:
+    return result.task, result.name, result.protocol, result.data
 
 
 def _one(results: Sequence[Result]) -> list[str]:
     first = results[0]
-    names = dict.fromkeys(name for result in results for name in result.scores)
-    has_chance = any(score.chance is not None for score in first.scores.values())
-    rows = [["", *(result.subject.name for result in results), *(["chance"] if has_chance else [])]]
-    for name in names:
+    rows = [["", *(result.subject.name for result in results), "chance", "items"]]
+    for name, score in first.scores.items():
         own = [result.scores.get(name) for result in results]
-        chance = next((score.chance for score in own if score and score.chance is not None), None)
-        rows.append(
-            [
-                name,
-                *map(_score, own),
-                *([_percent(chance) if chance is not None else ""] if has_chance else []),
-            ]
-        )
-        if any(score and score.blind is not None for score in own):
-            rows.append(["  over blind", *map(_over_blind, own), *([""] if has_chance else [])])
-    counts = {score.items for result in results for score in result.scores.values()}
-    items = f"{min(counts):,}" + (f" to {max(counts):,}" if len(counts) > 1 else "")
-    head = f"{first.task} · {first.name} · {first.protocol} · {items} items"
-    left_out = max(len(result.left_out) for result in results)
-    return [head + (f" · {left_out:,} left out" if left_out else ""), *aligned(rows)]
+        chance = "" if score.chance is None else _percent(score.chance)
+        rows.append([name, *map(_score, own), chance, f"{score.items:,}"])
+        if any(one and one.blind is not None for one in own):
+            rows.append(["  over blind", *map(_over_blind, own), "", ""])
+    head = f"{first.task} · {first.name} · {first.protocol}"
+    left_out = f" · {len(first.left_out):,} left out" if first.left_out else ""
+    return [head + left_out, *aligned(rows)]
 
 
 def _score(score: Score | None) -> str:
