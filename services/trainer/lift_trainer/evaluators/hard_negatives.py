@@ -20,13 +20,10 @@ from lift_cache.errors import BadSource
 from lift_cache.keys import caption_keys
 from lift_trainer.evaluators.images import Images, encode
 from lift_trainer.evaluators.items import Items, mean
-from lift_trainer.evaluators.protocol import Encoder
+from lift_trainer.evaluators.protocol import NEAR, Encoder
 from lift_trainer.evaluators.result import Result, scored
 from lift_trainer.rejects import Rejects
 from lift_trainer.sampling import GALLERY, permutation
-
-NEAR = 1e-5
-"""Difference of two cosines that another batch size or device could turn around."""
 
 PAIRS = 64
 """Items of each task that a report can show."""

@@ -13,6 +13,9 @@ import torch
 
 from lift_trainer.evaluators.result import Result, Subject
 
+NEAR = 1e-5
+"""Difference of two cosines that another batch size or device could turn around."""
+
 
 class Encoder(Protocol):
     """A checkpoint opened for evaluation; both sides end in one space of width D."""

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -27,7 +27,7 @@ from lift_cache.keys import caption_keys
 from lift_trainer.evaluators.captioned import Captioned
 from lift_trainer.evaluators.images import encode
 from lift_trainer.evaluators.items import Items
-from lift_trainer.evaluators.protocol import Encoder
+from lift_trainer.evaluators.protocol import NEAR, Encoder
 from lift_trainer.evaluators.result import Result, scored
 from lift_trainer.rejects import Rejects
 from lift_trainer.sampling import GALLERY, permutation
@@ -41,9 +41,6 @@ DIRECTIONS = ("image_to_text", "text_to_image")
 GALLERY_CAPTIONS = 12
 GALLERY_IMAGES = 5
 BLOCK = 1024
-
-NEAR = 1e-5
-"""Difference of two cosines that another batch size or device could turn around."""
 
 
 @dataclass(frozen=True)
@@ -111,24 +108,33 @@ def rank(
         if expand is not None:
             scores = scores[:, expand]
         here = (query >= start) & (query < start + BLOCK)
-        is_right = torch.zeros_like(scores, dtype=torch.bool)
-        is_right[query[here] - start, item[here]] = True
-        best = scores.masked_fill(~is_right, -torch.inf).amax(1, keepdim=True)
-        # Not `>=`, which is false for NaN: what cannot be compared must not count as found.
-        before = ~(scores < best) & ~is_right
-        near = ((scores - best).abs() < NEAR) & ~is_right
-        tied = (scores == best) & ~is_right
-        found.append(torch.stack([1 + before.sum(1), tied.sum(1), near.sum(1)]))
+        found.append(_count(scores, query[here] - start, item[here]))
     return Ranks(*torch.cat(found, 1).cpu().numpy())
+
+
+def _count(scores_bm: torch.Tensor, row: torch.Tensor, column: torch.Tensor) -> torch.Tensor:
+    """`Ranks` of some queries, int64 [3, b]. Right items are few: all are counted, and they are taken off."""
+    own = scores_bm[row, column]
+    best = own.new_full((len(scores_bm),), -torch.inf).scatter_reduce(0, row, own, "amax")
+    best[row[own.isnan()]] = torch.nan
+
+    def wrong(test: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> torch.Tensor:
+        of_all = test(scores_bm, best[:, None]).sum(1)
+        return of_all.index_add(0, row, test(own, best[row]).long(), alpha=-1)
+
+    # Not `>=`, which is false for NaN: what cannot be compared must not count as found.
+    before = wrong(lambda scores, best: ~(scores < best))
+    near = wrong(lambda scores, best: (scores - best).abs() < NEAR)
+    return torch.stack([1 + before, wrong(torch.eq), near])
 
 
 def rank_texts(x_nd: torch.Tensor, y_ud: torch.Tensor, texts: Texts) -> tuple[Ranks, Ranks]:
     """Ranks of images' texts and of texts' images, from vectors of images and distinct captions."""
-    vector = torch.from_numpy(texts.caption_of_text).to(y_ud.device)
-    return (
-        rank(x_nd, y_ud, texts.right, texts.caption_of_text),
-        rank(y_ud[vector], x_nd, texts.right[::-1].copy()),
-    )
+    vector_of_text = None
+    if len(texts.captions) < len(texts.caption_of_text):
+        vector_of_text = texts.caption_of_text
+    y_md = y_ud if vector_of_text is None else y_ud[torch.from_numpy(vector_of_text).to(y_ud.device)]
+    return rank(x_nd, y_ud, texts.right, vector_of_text), rank(y_md, x_nd, texts.right[::-1].copy())
 
 
 def chance_recall(right: np.ndarray, items: int) -> dict[int, float]:

@@ -20,11 +20,10 @@ import torch
 import torch.nn.functional as F
 
 from lift_trainer.evaluators.classification import CUTOFF, Ranked, rank_classes
-from lift_trainer.evaluators.hard_negatives import NEAR
 from lift_trainer.evaluators.images import encode
 from lift_trainer.evaluators.items import Items
 from lift_trainer.evaluators.labelled import Labelled
-from lift_trainer.evaluators.protocol import Encoder
+from lift_trainer.evaluators.protocol import NEAR, Encoder
 from lift_trainer.evaluators.result import Result, scored
 from lift_trainer.evaluators.templates import Templates
 from lift_trainer.rejects import Rejects
