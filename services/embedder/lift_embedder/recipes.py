@@ -6,6 +6,8 @@ for every model below means no instruction. Sources are the models' own cards an
 - `minilm`: sentence-transformers/all-MiniLM-L6-v2, `modules.json`, `1_Pooling/config.json` and
   `sentence_bert_config.json`: mean pooling, L2 norm, 256 tokens.
 - `smollm2`: HuggingFaceTB/SmolLM2-135M-Instruct. Not an embedding model; see `SMOLLM2_END_TOKEN`.
+- `smollm2-random`: the same network and tokenizer with random weights: what is left of a language model that knows
+  nothing, as a control.
 - `e5-mistral`: intfloat/e5-mistral-7b-instruct and arXiv 2401.00368 §3.1: an end token is appended and its
   last-layer state is the embedding; "no need to add instruction for retrieval documents"; 4,096 tokens.
 - `linq`: Linq-AI-Research/Linq-Embed-Mistral, and `sfr`: Salesforce/SFR-Embedding-Mistral: E5-Mistral's
@@ -64,6 +66,7 @@ NAMED: dict[str, NamedRecipe] = {
         NamedRecipe(
             "smollm2", "smollm2", "bfloat16", "last", SMOLLM2_END_TOKEN, 512, quantization="gguf:Q4_1"
         ),
+        NamedRecipe("smollm2-random", "smollm2-random", "bfloat16", "last", SMOLLM2_END_TOKEN, 512),
         NamedRecipe("minilm", "minilm", "float32", "mean", True, 256),
         NamedRecipe("e5-mistral", "intfloat/e5-mistral-7b-instruct", "float16", "last", True, 4096),
         NamedRecipe("linq", "Linq-AI-Research/Linq-Embed-Mistral", "float16", "last", True, 4096),

@@ -125,9 +125,10 @@ class TrainConfig(BaseModel):
     text_transform: Annotated[str, _flag(TEXT)] = Field(
         "none", description="none | center | whiten:K | whiten:K,shrink=A. Fitted to the training captions."
     )
-    text_control: Annotated[Literal["none", "permuted", "ngram-hash"], _flag(TEXT)] = Field(
+    text_control: Annotated[Literal["none", "permuted", "ngram-hash", "word-hash"], _flag(TEXT)] = Field(
         "none",
-        description="Train on a control: vectors dealt to the wrong captions, or hashed word 1-3-grams (no cache).",
+        description="Train on a control: vectors dealt to the wrong captions, or, without a cache, hashed word "
+        "1-3-grams or single words.",
     )
 
     tower: Annotated[str, _flag(MODEL)] = Field(
@@ -319,10 +320,10 @@ class TrainConfig(BaseModel):
     @model_validator(mode="after")
     def _consistent(self) -> TrainConfig:
         joint = self.text_tower == "clip"
-        if not joint and self.text_control != "ngram-hash" and not self.cache:
+        if not joint and self.text_control not in ("ngram-hash", "word-hash") and not self.cache:
             raise ValueError(
-                "--cache is missing: the directory that lift-embed filled (or use --text-control ngram-hash, or "
-                "--text-tower clip)"
+                "--cache is missing: the directory that lift-embed filled (or use --text-control ngram-hash or "
+                "word-hash, or --text-tower clip)"
             )
         if joint:
             for flag, value, plain in (

@@ -34,7 +34,7 @@ from lift_trainer.model import transformed
 from lift_trainer.rejects import Rejects
 from lift_trainer.samples import Index, build_index
 from lift_trainer.sampling import CAPTION, ORDER, permutation, uniform
-from lift_trainer.text import TextVectors
+from lift_trainer.text import TextVectors, true_texts
 from lift_trainer.transform import TextTransform
 
 if TYPE_CHECKING:
@@ -364,7 +364,7 @@ def _open_data(job: Job, rejects: Rejects) -> tuple[Index, tuple[TextVectors, ..
         index,
         job.caches,
         overlay,
-        control="ngram-hash" if config.text_control == "ngram-hash" else "none",
+        control=true_texts(config.text_control),
     )
     return index, texts
 

@@ -1,8 +1,8 @@
 """Text vectors of an index: from caches by key, from the embedder when a cache lacks some, tokens, or a control.
 
 Controls answer "would anything else have done as well?": `permuted` deals the cached vectors to the wrong
-captions, so that nothing can be learned from the pairing; `ngram-hash` is a bag of hashed word 1- to
-3-grams with no language model in it.
+captions, so that nothing can be learned from the pairing; `ngram-hash` and `word-hash` are bags of hashed word
+1- to 3-grams and of hashed words, with no language model in them.
 """
 
 from __future__ import annotations
@@ -33,7 +33,8 @@ from lift_trainer.tensors import write_tensors
 from lift_trainer.text_towers import Tokenizer
 
 HASH_DIMENSIONS = 512
-HASH_WORDS = 3
+HASHED: dict[str, int] = {"ngram-hash": 3, "word-hash": 1}
+"""Controls that need no cache → longest n-gram, in words."""
 LENGTHS = 256
 """Vectors whose mean length stands for that of all."""
 
@@ -45,7 +46,7 @@ EMBEDDED = 4096
 TOKENIZED = 4096
 """Captions whose tokens are held while they are counted."""
 
-Control = Literal["none", "permuted", "ngram-hash"]
+Control = Literal["none", "permuted", "ngram-hash", "word-hash"]
 OnMissing = Literal["error", "skip", "embed"]
 
 
@@ -121,7 +122,7 @@ class PermutedText:
 
 @dataclass(frozen=True)
 class HashedText:
-    """Signed hashing of word 1- to 3-grams (Weinberger et al. 2009), unit length."""
+    """Signed hashing of words and n-grams of words (Weinberger et al. 2009), unit length."""
 
     vectors: np.ndarray
     """float32 [u, 512]."""
@@ -129,12 +130,16 @@ class HashedText:
     resolution: float = float(np.finfo(np.float32).eps)
 
     @classmethod
-    def of(cls, captions: Sequence[str]) -> HashedText:
+    def of(cls, captions: Sequence[str], longest: int = HASHED["ngram-hash"]) -> HashedText:
+        """
+        Args:
+            longest: n-gram, in words.
+        """
         vectors = np.zeros((len(captions), HASH_DIMENSIONS), np.float32)
         for number, caption in enumerate(captions):
             row = vectors[number]
             words = re.findall(r"\w+", caption.casefold()) or [caption]
-            for length in range(1, HASH_WORDS + 1):
+            for length in range(1, longest + 1):
                 for start in range(len(words) - length + 1):
                     gram = " ".join(words[start : start + length])
                     word = int.from_bytes(hashlib.blake2b(gram.encode(), digest_size=8).digest(), "little")
@@ -184,6 +189,11 @@ class TokenText:
         return longer, len(looked_at)
 
 
+def true_texts(control: Control) -> Control:
+    """What a run on a control is evaluated with: permuted vectors go back to their captions."""
+    return "none" if control == "permuted" else control
+
+
 @dataclass(frozen=True)
 class TextOrigin:
     """Where the vectors came from; part of every checkpoint, compared when a run is continued."""
@@ -208,7 +218,7 @@ def open_texts(
     """Join an index to the vectors of several caches: other encoders, or other facets of the same captions.
 
     Args:
-        caches: at least one, but for `ngram-hash`, which is a text of its own and takes none.
+        caches: at least one, but for `HASHED` controls, which are a text of their own and take none.
         on_missing: `skip` leaves out captions that any of the caches lacks.
         overlay: file that keeps what `on_missing="embed"` fetches for the first cache; those of the next have
             their number before the suffix (`overlay-1.safetensors`). What one embedder makes fits one recipe.
@@ -222,8 +232,8 @@ def open_texts(
         BadSource: the overlay is of another recipe or cache.
         CacheNotFound, CacheDamaged, CacheFull, UnsupportedFormat, ServerUnavailable.
     """
-    if control == "ngram-hash":
-        hashed = HashedText.of(index.captions)
+    if control in HASHED:
+        hashed = HashedText.of(index.captions, HASHED[control])
         return (hashed,), index, (TextOrigin(control, None, None, None),)
     readers = [CacheReader(cache) for cache in caches]
     rows = [reader.lookup(index.keys) for reader in readers]

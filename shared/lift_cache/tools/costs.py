@@ -169,6 +169,15 @@ ENCODERS: dict[str, Encoder] = {
             parameters=134_515_008,
         ),
         Encoder(
+            "smollm2-random",
+            "smollm2-random",
+            Transformer(layers=30, width=576, attention=576, key_value=192, mlp=1536),
+            vocabulary=49_152,
+            max_tokens=512,
+            around=1,
+            parameters=134_515_008,
+        ),
+        Encoder(
             "minilm",
             "sentence-transformers/all-MiniLM-L6-v2",
             Transformer(

@@ -17,6 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from lift_cache.errors import BadConfig
 from lift_cache.terminal import run_command
 from lift_trainer.data import emoji as emoji_data
+from lift_trainer.data import paraphrases as paraphrases_data
 from lift_trainer.data import shapes as shapes_data
 from lift_trainer.data.shards import DatasetWriter, already_there, building
 
@@ -51,6 +52,16 @@ def shapes(out: Out, *, size: Size = 32, train: Count = 30_000, seed: Seed = 0) 
     """
     settings = {"size": size, "train": train, "seed": seed}
     _make(out, settings, lambda writer, tick: shapes_data.build(writer, **settings, progress=tick))
+
+
+@app.command
+def paraphrases(out: Out, *, size: Size = 32, train: Count = 10_000, seed: Seed = 0) -> None:
+    """The same scenes in several wordings, one of them held out, and described at length.
+
+    Training pictures have three short captions and a `long` one; `captions.txt` has every caption that there is.
+    """
+    settings = {"version": paraphrases_data.VERSION, "size": size, "train": train, "seed": seed}
+    _make(out, settings, lambda writer, tick: paraphrases_data.build(writer, **settings, progress=tick))
 
 
 def _make(

@@ -78,8 +78,8 @@ def split(seed: int) -> dict[str, list[Scene]]:
     return splits
 
 
-def hard_negatives(scene: Scene, rng: np.random.Generator) -> dict[str, str]:
-    """One false caption of each kind (SugarCrepe's swap and replace, arXiv 2306.14610)."""
+def hard_negatives(scene: Scene, rng: np.random.Generator) -> dict[str, Scene]:
+    """One scene of each kind whose caption is false (SugarCrepe's swap and replace, arXiv 2306.14610)."""
     (colour, shape), relation, (other_colour, other_shape) = scene
 
     def another(choices: list[str], *taken: str) -> str:
@@ -93,14 +93,13 @@ def hard_negatives(scene: Scene, rng: np.random.Generator) -> dict[str, str]:
     else:
         replaced_colour = Scene(scene.first, relation, Thing(new_colour, other_shape))
         replaced_shape = Scene(scene.first, relation, Thing(other_colour, new_shape))
-    negatives = {
+    return {
         "swap_att": Scene(Thing(other_colour, shape), relation, Thing(colour, other_shape)),
         "swap_obj": Scene(scene.second, relation, scene.first),
         "replace_att": replaced_colour,
         "replace_obj": replaced_shape,
         "replace_rel": Scene(scene.first, another(list(RELATIONS), relation), scene.second),
     }
-    return {kind: negative.caption() for kind, negative in negatives.items()}
 
 
 # ---------------------------------------------------------------------------------------------- drawing
@@ -114,15 +113,22 @@ def draw(scenes: list[Scene], size: int, rng: np.random.Generator) -> np.ndarray
     centre = 0.5 + rng.uniform(-0.06, 0.06, (n, 2))
     apart = rng.uniform(0.22, 0.28, (n, 1)) * towards + rng.uniform(-0.05, 0.05, (n, 1)) * across
     shade = rng.uniform(225, 255, (n, 1, 1, 1))
-    picture = np.broadcast_to(shade, (n, size, size, 3)).astype(np.float32)
+    picture = np.broadcast_to(shade, (n, size, size, 3)).astype(np.float32)  # a copy
     for things, middle in (
         ([scene.first for scene in scenes], centre + apart),
         ([scene.second for scene in scenes], centre - apart),
     ):
-        cover = _cover([thing.shape for thing in things], middle, rng.uniform(0.12, 0.17, n), size)[..., None]
-        colour = np.array([COLOURS[thing.colour] for thing in things]) + rng.uniform(-12, 12, (n, 3))
-        picture += cover * (colour[:, None, None].astype(np.float32) - picture)
+        paint(picture, things, middle, rng.uniform(0.12, 0.17, n), rng)
     return np.clip(picture, 0, 255).round().astype(np.uint8)
+
+
+def paint(
+    picture: np.ndarray, things: list[Thing], middle: np.ndarray, radius: np.ndarray, rng: np.random.Generator
+) -> None:
+    """Put a thing about each `middle`, float [n, 2], into float32 pictures [n, size, size, 3], in place."""
+    cover = _cover([thing.shape for thing in things], middle, radius, picture.shape[1])[..., None]
+    colour = np.array([COLOURS[thing.colour] for thing in things]) + rng.uniform(-12, 12, (len(things), 3))
+    picture += cover * (colour[:, None, None].astype(np.float32) - picture)
 
 
 def _cover(shapes: list[str], middle: np.ndarray, radius: np.ndarray, size: int) -> np.ndarray:
@@ -198,4 +204,5 @@ def _samples(scenes: list[Scene], count: int, size: int, rng: np.random.Generato
         for turn, scene, pixels in zip(turns, drawn, draw(drawn, size, rng), strict=True):
             buffer = io.BytesIO()
             Image.fromarray(pixels).save(buffer, "PNG")
-            yield Sample(f"{turn:06}", buffer.getvalue(), (scene.caption(),), hard_negatives(scene, rng))
+            negatives = {kind: false.caption() for kind, false in hard_negatives(scene, rng).items()}
+            yield Sample(f"{turn:06}", buffer.getvalue(), (scene.caption(),), negatives)

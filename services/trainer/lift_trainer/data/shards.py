@@ -25,10 +25,13 @@ class Sample:
     captions: tuple[str, ...]
     negatives: Mapping[str, str] = field(default_factory=dict)
     """Captions of the same words that are false, by kind: `swap_att`, `replace_rel`, …"""
+    long: str | None = None
+    """A caption of several sentences."""
 
     def record(self) -> dict[str, object]:
         negatives = {"negatives": dict(self.negatives)} if self.negatives else {}
-        return {"captions": list(self.captions), **negatives}
+        long = {"long": self.long} if self.long else {}
+        return {"captions": list(self.captions), **long, **negatives}
 
 
 class DatasetWriter:
@@ -63,6 +66,12 @@ class DatasetWriter:
             data = path.read_bytes()
             self.files[path.name] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
 
+    def write_captions(self, captions: Iterable[str]) -> None:
+        """`captions.txt`, one a line: for filling a cache with more than the shards' own captions."""
+        data = "".join(f"{caption}\n" for caption in captions).encode()
+        (self.folder / "captions.txt").write_bytes(data)
+        self.files["captions.txt"] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+
     def describe(self, **about: object) -> None:
         """`dataset.json`, written last: settings, licence, sources, counts, files."""
         description = {**about, "splits": self.splits, "files": self.files}
@@ -83,9 +92,11 @@ def already_there(out: Path, settings: Mapping[str, object]) -> bool:
         there, files = dict(description["settings"]), dict(description["files"])
     except (OSError, ValueError, KeyError, TypeError):
         raise BadConfig(f"{out}: something else is here; name another folder or remove it") from None
-    for name, wanted in settings.items():
-        if there.get(name) != wanted:
-            raise BadConfig(f"{out}: made with {name}={there.get(name)}, not {wanted}; name another folder")
+    for name in {**settings, **there}:
+        if there.get(name) != settings.get(name):
+            raise BadConfig(
+                f"{out}: made with {name}={there.get(name)}, not {settings.get(name)}; name another folder"
+            )
     for name, about in files.items():
         path = out / name
         if not path.is_file() or path.stat().st_size != about["bytes"]:

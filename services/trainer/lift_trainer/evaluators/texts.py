@@ -17,7 +17,7 @@ from lift_cache.reader import CacheReader
 from lift_cache.recipe import Recipe
 from lift_trainer.config import TextShape, TrainConfig
 from lift_trainer.samples import captions_only
-from lift_trainer.text import Control, TextVectors, TokenText, open_texts
+from lift_trainer.text import HASHED, Control, TextVectors, TokenText, open_texts, true_texts
 from lift_trainer.transform import TextTransform
 
 TEXTS = 1024
@@ -60,7 +60,7 @@ class RunTexts:
     @property
     def control(self) -> Control:
         """A run on permuted captions is evaluated with the true vectors: it must be at chance by itself."""
-        return "ngram-hash" if self.config.text_control == "ngram-hash" else "none"
+        return true_texts(self.config.text_control)
 
     @cached_property
     def location(self) -> str | None:
@@ -70,7 +70,7 @@ class RunTexts:
             RecipeMismatch: the cache holds vectors of another recipe (which field).
             BadConfig, CacheNotFound, CacheDamaged: there is no cache to take texts from.
         """
-        if self.config.text_tower == "clip" or self.control == "ngram-hash":
+        if self.config.text_tower == "clip" or self.control in HASHED:
             return None
         if self.config.text == "aligned" and self.cache is None:
             raise BadConfig(f"{self.run} was trained on an export, which has no other captions; give --cache")

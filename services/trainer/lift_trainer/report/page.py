@@ -130,6 +130,7 @@ def _texts(run: Run) -> str:
     control = {
         "permuted": " dealt to the wrong captions",
         "ngram-hash": "hashed word n-grams, without a language model",
+        "word-hash": "hashed words, without a language model",
     }.get(run.config.text_control, "")
     if run.state.recipe is None:
         return control or "text vectors"
