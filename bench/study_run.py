@@ -177,7 +177,7 @@ def perform(run: Run, inputs: Path, scratch: Path) -> dict[str, Any]:
         "blind": answered(end, quizzes, end.mean_image()),
         "loss": [[line["step"], line["loss"]] for line in lines],
         "cpu_seconds": round(time.process_time() - began, 1),
-        "made_with": machine("torch", "timm", "lift-trainer"),
+        "made_with": machine() | end.checkpoint.state.libraries,
     }
     shutil.rmtree(where)
     return result
