@@ -7,9 +7,14 @@ E := .venv/embedder/bin
 T := .venv/trainer/bin
 SHAPES := $(T)/python bench/shapes.py --data runs/shapes --validation runs/shapes-validation --cache smollm2=runs/shapes-smollm2
 
+define STUDY_CACHE
+$(E)/lift-embed model $(1)
+$(E)/lift-embed fill runs/study/reported/captions.txt --cache runs/study/$(1) --model $(1) --snapshot
+endef
+
 .PHONY: help setup demo test test-fast test-tools test-service test-e2e torture torture-short lint format \
         fast-embedder fast-trainer slow-embedder slow-trainer bench-posembed bench-emoji bench-cache bench-encodings \
-        bench-efficiency bench-server bench-shapes bench-trainer clean
+        bench-efficiency bench-server bench-shapes bench-trainer study study-full clean
 
 help:  ## say what there is
 	@awk -F':.*## ' '/^[a-z0-9-]+:.*## /{printf "  make %-17s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -92,6 +97,21 @@ bench-server: setup  ## the server against vLLM's own and the engine alone; hits
 
 bench-efficiency: setup  ## what a fixed text encoder saves in FLOPs, memory and time (a quarter of an hour)
 	$(T)/python bench/efficiency.py --out runs/bench-efficiency.json
+
+study: setup  ## a fixed text encoder beside joint training, in small: a preview of study-full (half an hour)
+	$(T)/lift-data paraphrases runs/study/reported
+	$(call STUDY_CACHE,minilm)
+	$(call STUDY_CACHE,smollm2)
+	OMP_NUM_THREADS=2 $(T)/python bench/study.py preview
+
+study-full: setup  ## the study that docs/results.md quotes, or what is left of it (bench/study.yaml; prints its hours)
+	$(T)/lift-data paraphrases runs/study/reported
+	$(T)/lift-data paraphrases runs/study/validation --seed 2
+	$(call STUDY_CACHE,minilm)
+	$(call STUDY_CACHE,smollm2)
+	$(call STUDY_CACHE,smollm2-random)
+	OMP_NUM_THREADS=1 $(T)/python bench/study.py run
+	$(T)/python bench/study.py report
 
 bench-trainer: setup  ## the trainer's loader, its text vectors, lift beside clip (10 minutes on 2 free cores)
 	$(T)/python bench/trainer.py --out runs/bench-trainer.json

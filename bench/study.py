@@ -21,14 +21,16 @@ import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import arms  # noqa: F401 - before torch: it settles how threads wait
 from cyclopts import App, Parameter
+from study_report import equal_compute, figure, made_so_far, tables, verdict_table
 from study_rules import Left, Results, Run, Study, composition, last
 from study_run import perform, rehearsed
 
 from lift_cache.errors import BadConfig, LiftError
+from lift_cache.files import write_atomic
 
 HERE = Path(__file__).resolve().parent
 
@@ -72,7 +74,7 @@ def run(
         return
     if only:
         for name in only:
-            _make(_named(kept, name), kept, inputs)
+            _made(_named(kept, name), kept, inputs)
         return
     _say_hours(kept, inputs, at_once)
     for stage in kept.stages():
@@ -89,19 +91,42 @@ def preview(
     """Four arms, one seed, one learning rate for all: shows how the study works, and proves nothing."""
     rules = Study.read(study)
     kept = Results(results, rules)
-    print(PREVIEW, flush=True)
+    print(f"{PREVIEW}\n", flush=True)
     made = {}
     for arm in rules.preview.arms:
         one = Run.of(rules, arm, 0, rules.preview.learning_rate, "reported")
-        _make(one, kept, inputs)
-        made[arm] = [kept.get(one)]
-    print(f"\n{PREVIEW}")
+        made[arm] = [_made(one, kept, inputs)]
+    _write(results, [PREVIEW, *tables(rules, made), "", PREVIEW], figure(rules, made, note=PREVIEW))
 
 
-PREVIEW = (
-    "PREVIEW: one seed, and one learning rate that nobody tuned. Nothing here may be quoted; make study-full is the "
-    "study."
-)
+@app.command
+def report(
+    *,
+    out: Path = Path("runs/study/report"),
+    results: At = HERE / "results" / "study",
+    study: Rules = HERE / "study.yaml",
+) -> None:
+    """Tables, verdicts and the figure of all runs that are done: OUT/study.md and OUT/study.svg."""
+    rules = Study.read(study)
+    kept = Results(results, rules)
+    made = made_so_far(kept)
+    if not made:
+        raise BadConfig(f"{results}: no arm has been reported on yet; `study.py run` goes on")
+    missing = sum(len(stage.runs) + len(stage.waiting) * len(rules.seeds) for stage in kept.stages())
+    note = f"UNFINISHED: {missing} runs are left; not to be quoted" if missing else None
+    lines = [*tables(rules, made), *verdict_table(kept, made), *equal_compute(kept, made)]
+    _write(out, [note, *lines, "", note] if note else lines, figure(rules, made, note=note))
+
+
+def _write(out: Path, lines: Sequence[str], drawing: str) -> None:
+    out.mkdir(parents=True, exist_ok=True)
+    text = "\n".join(lines) + "\n"
+    write_atomic(out / "study.md", text.encode())
+    write_atomic(out / "study.svg", drawing.encode())
+    print(f"{text}\n{out / 'study.svg'}")
+
+
+PREVIEW = "PREVIEW: one seed, and a learning rate that nobody tuned; not to be quoted. The study is make study-full."
 
 
 def _named(kept: Results, name: str) -> Run:
@@ -116,10 +141,12 @@ def _named(kept: Results, name: str) -> Run:
     return found
 
 
-def _make(one: Run, kept: Results, inputs: Path) -> None:
-    if kept.get(one) is not None:
+def _made(one: Run, kept: Results, inputs: Path) -> dict[str, Any]:
+    """The result of a run, which is made unless it was."""
+    found = kept.get(one)
+    if found is not None:
         print(f"{one.name}: done before", flush=True)
-        return
+        return found
     result = perform(one, inputs, inputs / "runs")
     kept.put(one, result)
     own = "long" if "caption_field" in kept.study.arms[one.arm] else "seen"
@@ -127,6 +154,7 @@ def _make(one: Run, kept: Results, inputs: Path) -> None:
         f"{one.name}: composition {composition(last(result), own):.1%} ({own}), {result['cpu_seconds']:.0f} CPU s",
         flush=True,
     )
+    return result
 
 
 def _all_at_once(runs: Sequence[Run], flags: Sequence[object], at_once: int) -> None:

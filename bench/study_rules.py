@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import statistics
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -131,6 +131,15 @@ class Results:
                 f"{path}: made with {_difference(found['settings'], run.settings)}; remove it, or put study.yaml back"
             )
         return dict(found)
+
+    def require_one_recipe(self, arm: str, results: Sequence[Mapping[str, Any]]) -> None:
+        """Raises BadSource where runs of an arm were trained on vectors that were made in two ways."""
+        for one in results:
+            if one["recipe"] != results[0]["recipe"]:
+                raise BadSource(
+                    f"{self.folder}: {one['run']} and {results[0]['run']} were trained on vectors of two recipes, "
+                    f"{one['recipe']} and {results[0]['recipe']}; remove one of them and run it again"
+                )
 
     def put(self, run: Run, result: Mapping[str, Any]) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)

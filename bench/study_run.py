@@ -148,8 +148,27 @@ def config_of(run: Run, inputs: Path, where: Path, **changed: Any) -> TrainConfi
     )
 
 
+def _require_data(data: Path, settings: Mapping[str, int]) -> None:
+    """Raises BadSource."""
+    try:
+        there = json.loads((data / "dataset.json").read_bytes())["settings"]
+    except (OSError, ValueError, LookupError, TypeError):
+        there = {}
+    for name, wanted in settings.items():
+        if there.get(name) != wanted:
+            raise BadSource(
+                f"{data}: made with {name}={there.get(name)}, and study.yaml says {wanted}; make it with "
+                "lift-data paraphrases"
+            )
+
+
 def perform(run: Run, inputs: Path, scratch: Path) -> dict[str, Any]:
-    """Train and score; a run that was cut off goes on at its checkpoint."""
+    """Train and score; a run that was cut off goes on at its checkpoint.
+
+    Raises:
+        BadSource: the data in `inputs` were made with other settings than study.yaml's.
+    """
+    _require_data(inputs / run.data, run.settings["data"])
     where = scratch / run.file.removesuffix(".json")
     config = config_of(run, inputs, where)
     began = time.process_time()

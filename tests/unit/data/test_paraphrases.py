@@ -58,7 +58,9 @@ def test_the_new_wording_is_never_in_training_and_training_has_all_others(made: 
     trained = {caption for _, record in train for caption in (*record["captions"], record["long"])}
     assert not any(caption.startswith("there is") for caption in trained)
     for split in ("test", "unseen"):
-        assert all(record["captions"][0].startswith("there is") for _, record in samples(made, f"{split}-new"))
+        assert all(
+            record["captions"][0].startswith("there is") for _, record in samples(made, f"{split}-new")
+        )
         assert not {record["captions"][0] for _, record in samples(made, f"{split}-new")} & trained
 
 
@@ -80,7 +82,11 @@ def test_variants_ask_the_same_about_the_same_pictures_in_captions_that_a_cache_
 
 @pytest.mark.parametrize("variant", paraphrases.VARIANTS)
 def test_a_false_caption_differs_from_the_true_one_in_one_thing(made: Path, variant: str) -> None:
-    kinds = {"att": set(shapes.COLOURS), "obj": set(shapes.SHAPES), "rel": {"left", "right", "of", "above", "below"}}
+    kinds = {
+        "att": set(shapes.COLOURS),
+        "obj": set(shapes.SHAPES),
+        "rel": {"left", "right", "of", "above", "below"},
+    }
     for _, record in samples(made, f"test-{variant}"):
         true = re.findall(r"\w+", record["captions"][0])
         for task, caption in record["negatives"].items():

@@ -1,0 +1,274 @@
+"""What the study's JSONs say: tables, verdicts by the rules of study.yaml, and one figure."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from arms import Interval
+from study_rules import Comparison, Results, Study, composition, last
+
+from lift_trainer.data.paraphrases import VARIANTS
+from lift_trainer.evaluators.shapes import SPLITS, TASKS
+from lift_trainer.report.chart import Level, Line, line_chart
+from lift_trainer.report.markup import Markup, tag
+
+TERA = 1e12
+ASKED = {"seen": "in wordings of training", "new": "in a new wording", "long": "in long captions"}
+HELD_OUT = {"test": "held-out scenes", "unseen": "colour–shape pairs never seen"}
+
+Made = Mapping[str, Sequence[Mapping[str, Any]]]
+"""Arm → its results, by seed."""
+
+
+def made_so_far(kept: Results) -> dict[str, list[dict[str, Any]]]:
+    """Arms with a reported run. Raises BadConfig, BadSource: a JSON of other settings, or of another recipe."""
+    made: dict[str, list[dict[str, Any]]] = {}
+    for arm in kept.study.arms:
+        if kept.validated(arm) is not None:
+            found = [kept.get(run) for run in kept.reported(arm)]
+            if results := [one for one in found if one is not None]:
+                kept.require_one_recipe(arm, results)
+                made[arm] = results
+    return made
+
+
+def tables(study: Study, made: Made) -> Iterator[str]:
+    """Markdown, line by line: accuracies by variant, split and task; then what was trained on what."""
+    for variant in VARIANTS:
+        for split in SPLITS:
+            yield f"\nAsked {ASKED[variant]}, {HELD_OUT[split]}: two-way accuracy (blind)\n"
+            yield _row("", *(task.replace("_", " ") for task in TASKS), "mean")
+            yield _row(*["---"] * (len(TASKS) + 2))
+            for arm, results in made.items():
+                if variant in last(results[0])[split]:
+                    yield _row(arm, *_cells(results, split, variant))
+    yield "\nTrained and asked in short and long captions: mean over tasks and splits\n"
+    yield _row("", *(f"asked {ASKED[variant]}" for variant in VARIANTS))
+    yield _row(*["---"] * (len(VARIANTS) + 1))
+    for arm, results in made.items():
+        trained = "long" if study.arms[arm].get("caption_field") == "long" else "short"
+        cells = [
+            str(Interval.of([composition(last(one), variant) for one in results])).strip()
+            if variant in last(results[0])[SPLITS[0]]
+            else "cut off"
+            for variant in VARIANTS
+        ]
+        yield _row(f"{arm} (trained {trained})", *cells)
+    yield "\nOperations\n"
+    yield _row(
+        "", "seeds", "learning rate", "parameters", "training, TFLOPs", "embedding its captions, TFLOPs"
+    )
+    yield _row(*["---"] * 6)
+    for arm, results in made.items():
+        one = results[0]
+        total = one["flops"]["step"] * study.steps / TERA
+        rate = one["settings"]["training"]["lr"]
+        embedding = one["flops"]["embedding"] / TERA
+        yield _row(
+            arm, len(results), f"{rate:g}", f"{one['parameters']:,}", f"{total:.2f}", f"{embedding:.2f}"
+        )
+
+
+def _cells(results: Sequence[Mapping[str, Any]], split: str, variant: str) -> Iterator[str]:
+    def accuracy(one: Mapping[str, Any], task: str) -> float:
+        return float(last(one)[split][variant][task])
+
+    for task in TASKS:
+        blind = statistics.fmean(one["blind"][split][variant][task] for one in results)
+        yield f"{str(Interval.of([accuracy(one, task) for one in results])).strip()} ({blind:.0%})"
+    yield str(
+        Interval.of([statistics.fmean(accuracy(one, task) for task in TASKS) for one in results])
+    ).strip()
+
+
+def _row(*cells: object) -> str:
+    return "| " + " | ".join(str(cell) for cell in cells) + " |"
+
+
+# ------------------------------------------------------------------------------------------- verdicts
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """One comparison of study.yaml."""
+
+    comparison: Comparison
+    arm: str
+    over: str
+    difference: Interval
+    seeds: int
+    wanted: int
+
+    @property
+    def word(self) -> str:
+        if self.seeds < self.wanted:
+            return f"not yet ({self.seeds} of {self.wanted} seeds)"
+        if self.difference.low > 0:
+            return "supported"
+        return "contradicted" if self.difference.high < 0 else "open"
+
+    def __str__(self) -> str:
+        points = f"{100 * self.difference.mean:+.1f}"
+        if self.seeds > 1:
+            points += f" [{100 * self.difference.low:+.1f}, {100 * self.difference.high:+.1f}]"
+        return _row(self.comparison.claim, self.arm, self.over, self.comparison.variant, points, self.word)
+
+
+def best(kept: Results, name: str) -> str | None:
+    """An arm, or that of a family with the highest validation score; None while a sweep is not done."""
+    arms = kept.study.families.get(name, [name])
+    scores = {arm: kept.validated(arm) for arm in arms}
+    if any(score is None for score in scores.values()):
+        return None
+    return max(arms, key=lambda arm: scores[arm][1])  # type: ignore[index]
+
+
+def verdicts(kept: Results, made: Made) -> Iterator[Verdict]:
+    """Of those comparisons whose arms were both run, with the seeds that both have."""
+    for comparison in kept.study.comparisons:
+        arm, over = best(kept, comparison.arm), best(kept, comparison.over)
+        if arm in made and over in made:
+            ours, theirs = (
+                {
+                    one["settings"]["training"]["seed"]: composition(last(one), comparison.variant)
+                    for one in made[name]
+                }
+                for name in (arm, over)
+            )
+            both = sorted(ours.keys() & theirs.keys())
+            if both:
+                difference = Interval.of([ours[seed] - theirs[seed] for seed in both])
+                yield Verdict(comparison, arm, over, difference, len(both), len(kept.study.seeds))
+
+
+def verdict_table(kept: Results, made: Made) -> Iterator[str]:
+    yield "\nBy the rules of bench/study.yaml: the mean over tasks and splits, differences in points, paired by seed\n"
+    yield _row("claim", "arm", "over", "asked", "difference", "verdict")
+    yield _row(*["---"] * 6)
+    yield from map(str, verdicts(kept, made))
+
+
+def equal_compute(kept: Results, made: Made) -> Iterator[str]:
+    """The joint arm where it has taken as many operations as the whole run of the fixed one."""
+    fixed, joint = best(kept, "fixed"), best(kept, "joint")
+    if fixed not in made or joint not in made:
+        return
+    yield "\nAt equal operations: the joint arm's last score within those of the fixed arm's whole run\n"
+    yield _row("embedding shared by", "asked", f"{fixed}", f"{joint}, after steps", "")
+    yield _row(*["---"] * 5)
+    for runs in kept.study.amortised_over:
+        budget = spent(made[fixed][0], kept.study.steps, runs)
+        points = [point["step"] for point in made[joint][0]["curve"]]
+        within = [step for step in points if spent(made[joint][0], step, runs) <= budget]
+        for variant in ("seen", "new"):
+            ours = statistics.fmean(composition(last(one), variant) for one in made[fixed])
+            theirs = f"{at(made[joint], within[-1], variant):.1%}" if within else "no score that early"
+            yield _row(
+                f"{runs} run{'s' * (runs > 1)}", variant, f"{ours:.1%}", within[-1] if within else "", theirs
+            )
+
+
+# --------------------------------------------------------------------------------------------- figure
+
+
+def spent(result: Mapping[str, Any], step: int, runs: int | None) -> float:
+    """Operations up to a step; with a share of the embedding of all captions, unless `runs` is None."""
+    embedding = result["flops"]["embedding"] / runs if runs else 0.0
+    return float(step * result["flops"]["step"] + embedding)
+
+
+def at(results: Sequence[Mapping[str, Any]], step: int, variant: str) -> float:
+    """Mean over seeds of the composition score after a step."""
+    return statistics.fmean(
+        composition(point["scores"], variant)
+        for one in results
+        for point in one["curve"]
+        if point["step"] == step
+    )
+
+
+STYLE = """
+svg { font: 12px system-ui, sans-serif; background: #fff; }
+text { fill: #444; }
+.head { font-size: 14px; font-weight: 600; fill: #111; }
+.note { fill: #a40000; font-weight: 600; font-size: 14px; }
+.grid { stroke: #e4e4e4; }
+.level { stroke: #888; stroke-dasharray: 3 3; }
+.line { fill: none; stroke-width: 2; }
+.dot { fill: transparent; stroke: none; }
+"""
+COLOURS = ("#0b6e4f", "#c44900", "#5bb98c", "#2b59c3", "#7a7a7a", "#b8b8b8", "#b07bac", "#f0a202")
+PANEL = 300, 230
+HEAD = 84
+
+
+def figure(study: Study, made: Made, *, note: str | None = None) -> str:
+    """Curves of all arms that were trained in short captions, as one SVG file without anything outside it."""
+    shown = [arm for arm in made if arm in [*study.arms][: study.first]]
+    colours = "".join(f".c{n} {{ stroke: {COLOURS[n % len(COLOURS)]}; }}\n" for n in range(len(shown)))
+    axes: list[tuple[str, str, int | None]] = [("images seen, thousands", "images", None)]
+    axes.append(("training, TFLOPs", "flops", None))
+    axes += [
+        (f"and embedding, shared by {runs} run{'s' * (runs > 1)}, TFLOPs", "flops", runs)
+        for runs in sorted(study.amortised_over, reverse=True)
+    ]
+    width, height = len(axes) * PANEL[0] + 20, HEAD + 2 * (PANEL[1] + 30)
+
+    def x(result: Mapping[str, Any], step: int, kind: str, runs: int | None) -> float:
+        batch = int(study.training["batch_size"])
+        return step * batch / 1000 if kind == "images" else spent(result, step, runs) / TERA
+
+    panels = []
+    for row, variant in enumerate(("seen", "new")):
+        for column, (name, kind, runs) in enumerate(axes):
+            lines = [
+                Line(
+                    arm,
+                    [
+                        (
+                            x(made[arm][0], point["step"], kind, runs),
+                            100 * at(made[arm], point["step"], variant),
+                        )
+                        for point in made[arm][0]["curve"]
+                    ],
+                    f"c{number}",
+                )
+                for number, arm in enumerate(shown)
+            ]
+            chart = line_chart(
+                lines,
+                x_name="",
+                y_name="accuracy",
+                width=PANEL[0],
+                height=PANEL[1],
+                level=Level("chance", 50),
+            )
+            left, top = 10 + column * PANEL[0], HEAD + row * (PANEL[1] + 30)
+            panels.append(tag("svg", chart, x=left, y=top, width=PANEL[0], height=PANEL[1]))
+            panels.append(tag("text", name, x=left + PANEL[0] - 14, y=top + PANEL[1] + 4, text_anchor="end"))
+            if column == 0:
+                panels.append(
+                    tag("text", f"asked {ASKED[variant]}, %", x=left + 44, y=top + 4, class_="head")
+                )
+    legend = [
+        (
+            tag("line", x1=14 + 290 * (n % 4), x2=38 + 290 * (n % 4), y1=y, y2=y, class_=f"line c{n}"),
+            tag("text", arm, x=44 + 290 * (n % 4), y=y + 4),
+        )
+        for n, arm in enumerate(shown)
+        for y in [24 + 20 * (n // 4)]
+    ]
+    seeds = {len(made[arm]) for arm in shown}
+    told = f"mean of {' or '.join(map(str, sorted(seeds)))} seed{'s' * (seeds != {1})}, five tasks and two splits"
+    below = tag("text", note or told, x=14, y=66, class_="note" if note else None)
+    return _file(tag("style", Markup(STYLE + colours)), legend, below, panels, width=width, height=height)
+
+
+def _file(*content: Any, width: int, height: int) -> str:
+    drawing = tag(
+        "svg", *content, xmlns="http://www.w3.org/2000/svg", viewBox=f"0 0 {width} {height}", width=width
+    )
+    return f"{drawing}\n"
