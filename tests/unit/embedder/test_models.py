@@ -15,6 +15,7 @@ from lift_cache.errors import BadConfig, ModelNotFound
 from lift_cache.recipe import Recipe
 from lift_embedder import models
 from lift_embedder.config import ServeConfig
+from lift_embedder.recipes import NAMED
 from lift_embedder.server import _revision_of
 
 COMMIT, LATER = "a" * 40, "b" * 40
@@ -159,3 +160,31 @@ def test_every_file_that_makes_a_tokenizer_counts(
     before = models.resolve(str(folder)).facts.tokenizer_revision
     (folder / name).write_bytes(b"pieces")
     assert models.resolve(str(folder)).facts.tokenizer_revision != before
+
+
+def test_random_weights_are_the_same_every_time_and_have_the_shape_of_the_model() -> None:
+    torch = pytest.importorskip("torch")
+    trained = {
+        "model.norm.weight": torch.full((8,), 3.0, dtype=torch.bfloat16),
+        "model.embed_tokens.weight": torch.zeros(500, 64, dtype=torch.bfloat16),
+        "model.layers.0.mlp.up_proj.weight": torch.zeros(300, 256, dtype=torch.bfloat16),
+    }
+    drawn = models.random_weights(trained)
+    again = models.random_weights(dict(reversed(trained.items())))
+    other = models.random_weights(trained, seed=1)
+    for name, tensor in trained.items():
+        assert drawn[name].shape == tensor.shape and drawn[name].dtype == tensor.dtype
+        assert torch.equal(drawn[name], again[name])
+        if tensor.ndim == 1:
+            assert (drawn[name] == 1).all()
+        else:
+            assert not torch.equal(drawn[name], other[name])
+            assert drawn[name].float().std().item() == pytest.approx(tensor.shape[1] ** -0.5, rel=0.02)
+
+
+def test_random_weights_have_a_recipe_of_their_own_and_the_tokens_of_the_model() -> None:
+    known, random = NAMED["smollm2"], NAMED["smollm2-random"]
+    assert random.model != known.model and random.quantization is None
+    same = ("dtype", "pooling", "end_token", "max_tokens", "template", "normalize")
+    assert all(getattr(random, field) == getattr(known, field) for field in same)
+    assert models.PACKAGED["smollm2-random"].sha256 == models.PACKAGED["smollm2"].sha256

@@ -18,6 +18,7 @@ CAPTION = "a red circle above a blue square"
 SHAPES: dict[str, dict[str, str]] = {
     "minilm": {"before": "[CLS]", "after": "[SEP]"},
     "smollm2": {"eos": "<|im_end|>"},
+    "smollm2-random": {"eos": "<|im_end|>"},
     "e5-mistral": {"before": "<s>", "eos": "</s>"},
     "linq": {"before": "<s>", "after": "</s>", "eos": "</s>"},
     "sfr": {"before": "<s>", "after": "</s>", "eos": "</s>"},

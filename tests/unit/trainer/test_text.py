@@ -241,3 +241,14 @@ def test_hashed_ngrams_need_no_model_and_tell_word_order_apart() -> None:
     assert vectors[0] @ vectors[1] < 0.95
     assert vectors[0] @ vectors[2] == pytest.approx(1.0)
     assert np.isfinite(HashedText.of(["!?", "🙂"]).vectors).all()
+
+
+def test_hashed_words_know_nothing_of_order_and_need_no_cache(world: World, index: Index) -> None:
+    twins = ["a red circle left of a blue square", "a blue square left of a red circle"]
+    first, second = HashedText.of(twins, longest=1).vectors
+    assert np.array_equal(first, second)
+    other = HashedText.of(["a green circle left of a blue square"], longest=1).vectors[0]
+    assert first @ other < 0.95
+    (text,), _, (origin,) = open_texts(index, caches=[], control="word-hash", overlay=world.root / "o")
+    assert np.array_equal(text.gather(np.arange(3)), HashedText.of([*index.captions][:3], longest=1).vectors)
+    assert origin.control == "word-hash" and origin.snapshot is None
