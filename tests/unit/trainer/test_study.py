@@ -273,11 +273,12 @@ def test_a_preview_says_so_first_and_last_and_in_the_figure(
     assert "long" not in long  # its context would cut them off
 
 
-def test_data_of_other_settings_are_refused(
-    bench: SimpleNamespace, rules: Any, inputs: Path, tmp_path: Path
-) -> None:
+def test_data_of_other_settings_are_refused(bench: SimpleNamespace, rules: Any, tmp_path: Path) -> None:
     run = bench.rules.Run.of(rules, "ngram-hash", 0, 0.001, "reported")
-    with pytest.raises(BadSource, match="reported: made with version=None"):
+    with pytest.raises(BadSource, match=r"reported: made with version=None, and study.yaml says 1"):
         bench.run.perform(run, tmp_path, tmp_path)
+    (tmp_path / "reported").mkdir()
+    settings = {"version": 1, **rules.data["reported"], "train": 64}
+    (tmp_path / "reported" / "dataset.json").write_text(json.dumps({"settings": settings}))
     with pytest.raises(BadSource, match=r"made with train=64, and study.yaml says 10000"):
-        bench.run.perform(run, inputs, tmp_path)
+        bench.run.perform(run, tmp_path, tmp_path)
