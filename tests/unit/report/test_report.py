@@ -463,6 +463,30 @@ def test_hard_negatives_stand_beside_their_blind_score(
     assert "75.0 %" in text and "blind 55.0, +20.0" in text
 
 
+def test_what_was_left_out_and_counted_stands_beside_the_scores_by_name(
+    new_run: MakeRun, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "report.html"
+    left_out = {"test-000.tar:0007": "not an image", "test-000.tar:<b>8</b>": "cut short"}
+    report(new_run("a", picks=[True], fields={"left_out": left_out}), "-o", out, capsys=capsys)
+    text = said(out)
+    assert "2 images or rows could not be used and were left out." in text
+    assert "left out test-000.tar:0007: not an image; test-000.tar:<b>8</b>: cut short" in text
+
+
+def test_a_released_file_stands_beside_runs_with_what_is_known_of_it(
+    new_run: MakeRun, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, out = tmp_path / "clip.pt.eval", tmp_path / "report.html"
+    retrieval(191, [], (9, 30, 60)).write(folder)
+    report(new_run("ours"), folder, "-o", out, capsys=capsys)
+    text = said(out)
+    assert "clip.pt 31.4 % 31.4 % not known" in text
+    assert "Difference from ours, in points" in text
+    report(folder, "-o", out, capsys=capsys)
+    assert "Released: runs/demo/checkpoints/step-001500." in said(out)
+
+
 # ------------------------------------------------------------------------------------------ the gallery
 
 
@@ -653,6 +677,7 @@ def test_a_browser_shows_it_in_light_and_dark_and_on_a_phone_without_a_complaint
         browser.open(out.as_uri(), width=width, dark=dark)
         assert browser.run("document.documentElement.scrollWidth <= document.documentElement.clientWidth")
         assert browser.run("[...document.images].every((image) => image.complete && image.naturalWidth > 0)")
+        assert browser.low_contrast() == []
         picture = Image.open(io.BytesIO(browser.picture())).convert("L")
         assert width - 20 <= picture.width <= width  # without the scrollbar
         assert picture.height > 3000

@@ -168,6 +168,7 @@ def test_in_a_browser_one_types_and_sees(serving: Server, tmp_path: Path) -> Non
         for width, dark in ((1100, True), (360, False)):
             browser.open(f"{serving.url}/?q={quote_plus(HOSTILE)}", width=width, dark=dark)
             assert browser.run("document.documentElement.scrollWidth <= document.documentElement.clientWidth")
+            assert browser.low_contrast() == []
             picture = np.asarray(Image.open(io.BytesIO(browser.picture())).convert("L"), float)
             assert picture.std() > 5
             assert np.median(picture) < 60 if dark else np.median(picture) > 200

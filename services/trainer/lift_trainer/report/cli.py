@@ -38,7 +38,12 @@ app = App(name="lift-report", help=HELP, help_format="markdown")
 
 @app.default
 def report(
-    *runs: Annotated[str, Parameter(name="RUN", help="Folders of evaluated training runs, DIR or NAME=DIR.")],
+    *runs: Annotated[
+        str,
+        Parameter(
+            name="RUN", help="Evaluated training runs, or FILE.eval of released files: DIR or NAME=DIR."
+        ),
+    ],
     output: Annotated[Path, Parameter(name=("--output", "-o"), help="The page.")] = Path("report.html"),
     baseline: Annotated[
         tuple[str, ...],
@@ -84,9 +89,9 @@ def report(
         raise BadConfig("--data and --server are of the page that answers; add --serve")
     with loading(INTERRUPTED):  # torch takes seconds, which --help should not cost
         from lift_trainer.report.page import Report, render
-        from lift_trainer.report.runs import cache_of, open_cache, open_fill_summary, open_runs
+        from lift_trainer.report.runs import cache_of, open_all, open_cache, open_fill_summary
 
-    opened = open_runs([*runs, *baseline])
+    opened = open_all([*runs, *baseline])
     page = render(
         Report(
             runs=opened[: len(runs)],

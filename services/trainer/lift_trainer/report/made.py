@@ -55,9 +55,8 @@ def _everything(run: Run) -> dict[str, Any]:
     }
 
 
-def made_of(runs: Sequence[Run], cache: CacheCard | None, fill: FillSummary | None) -> Markup:
-    """Of the first run in full; what other runs have in another way stands in `differences`."""
-    run = runs[0]
+def made_of(run: Run, cache: CacheCard | None, fill: FillSummary | None) -> Markup:
+    """Of one run in full; what other runs have in another way stands in `differences`."""
     highlights = {
         field: run.settings[field] for field in HIGHLIGHTS if run.settings.get(field) not in (None, "", [])
     }

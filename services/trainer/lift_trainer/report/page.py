@@ -15,7 +15,7 @@ from lift_trainer.report.gallery import galleries
 from lift_trainer.report.geometry import geometries
 from lift_trainer.report.made import differences, lies, made_of
 from lift_trainer.report.markup import Child, Markup, tag
-from lift_trainer.report.runs import CacheCard, FillSummary, Run, cache_of
+from lift_trainer.report.runs import CacheCard, Evaluated, FillSummary, Run, cache_of
 from lift_trainer.report.scores import label, score_sections
 from lift_trainer.report.tables import Table, tables
 from lift_trainer.report.words import duration, share, short
@@ -27,8 +27,8 @@ FIGURES = 4
 
 @dataclass(frozen=True)
 class Report:
-    runs: Sequence[Run]
-    baselines: Sequence[Run]
+    runs: Sequence[Evaluated]
+    baselines: Sequence[Evaluated]
     cache: CacheCard | None
     """Of the first run."""
     fill: FillSummary | None
@@ -37,29 +37,34 @@ class Report:
     """Of what the galleries show."""
 
     @property
-    def all(self) -> list[tuple[Run, str]]:
+    def all(self) -> list[tuple[Evaluated, str]]:
         """Runs, then baselines, each with the CSS class of its line."""
         return [
             *((run, f"run{index % STYLES}") for index, run in enumerate(self.runs)),
             *((run, f"base{index % STYLES}") for index, run in enumerate(self.baselines)),
         ]
 
+    @property
+    def trained(self) -> list[tuple[Run, str]]:
+        """Those of which more is known than their results."""
+        return [(run, style) for run, style in self.all if isinstance(run, Run)]
+
 
 def render(report: Report) -> str:
     """The whole page. Raises `BadSource` for gallery images that are gone, or results of another shape."""
-    runs = [run for run, _ in report.all]
     found = tables(report.all)
+    runs = [run for run, _ in report.trained]
     costs = {run.name: _cost(report, run) for run in runs}
     return document(
         f"{', '.join(run.name for run in report.runs)} – LIFT report",
         _header(report, found),
         score_sections(found),
         _costs(report, found, costs),
-        curves(report.all, costs),
+        curves(report.trained, costs),
         galleries(found, report.seed),
         lies(geometries(runs)),
         differences(runs),
-        made_of(runs, report.cache, report.fill),
+        made_of(runs[0], report.cache, report.fill) if runs else None,
         _footer(report.runs[0]),
     )
 
@@ -96,25 +101,27 @@ def document(named: str, *parts: Child, images: str = "data:", forms: str = "'no
 
 def _header(report: Report, found: Sequence[Table]) -> Markup:
     run = report.runs[0]
-    steps, batch = run.state.step, run.config.batch_size
-    unfinished = f" of {run.state.total_steps:,}" if steps < run.state.total_steps else ""
-    lede = tag(
-        "p",
-        f"{run.name}: " if len(report.runs) > 1 else None,
-        "An image encoder (",
-        tag("b", _tower(run.config.tower)),
-        f", {run.config.image_size} px) trained for {steps:,}{unfinished} steps of {batch:,} images against ",
-        tag("b", _texts(run)),
-        ".",
-        class_="lede",
-    )
+    lede = _lede(run) if isinstance(run, Run) else (f"Released: {run.results[0].subject.checkpoint}.",)
+    names = f"{run.name}: " if len(report.runs) > 1 else None
     best = [_figure(table, name) for table in found if table.rows[0].run is run for name in table.headlines]
     return tag(
         "header",
         tag("p", "LIFT report", class_="eyebrow"),
         tag("h1", ", ".join(each.name for each in report.runs)),
-        lede,
+        tag("p", names, lede, class_="lede"),
         tag("dl", best[:FIGURES], class_="figures"),
+    )
+
+
+def _lede(run: Run) -> Child:
+    steps, batch = run.state.step, run.config.batch_size
+    unfinished = f" of {run.state.total_steps:,}" if steps < run.state.total_steps else ""
+    return (
+        "An image encoder (",
+        tag("b", _tower(run.config.tower)),
+        f", {run.config.image_size} px) trained for {steps:,}{unfinished} steps of {batch:,} images against ",
+        tag("b", _texts(run)),
+        ".",
     )
 
 
@@ -160,10 +167,12 @@ def _big(score: Score) -> Child:
 # ---------------------------------------------------------------------------------------------- cost
 
 
-def _costs(report: Report, found: Sequence[Table], costs: dict[str, Cost]) -> Markup:
+def _costs(report: Report, found: Sequence[Table], costs: dict[str, Cost]) -> Markup | None:
+    if not costs:
+        return None
     heads = [(table, name) for table in found for name in table.headlines][:FIGURES]
 
-    def scored(run: Run, table: Table, name: str) -> str:
+    def scored(run: Evaluated, table: Table, name: str) -> str:
         results = (row.result for row in table.rows if row.run is run)
         return next((share(result.scores[name].value) for result in results if name in result.scores), "–")
 
@@ -172,7 +181,7 @@ def _costs(report: Report, found: Sequence[Table], costs: dict[str, Cost]) -> Ma
             "tr",
             tag("td", tag("span", class_=f"key {style}"), run.name),
             [tag("td", scored(run, table, name)) for table, name in heads],
-            _cost_cells(costs[run.name]),
+            _cost_cells(costs[run.name]) if run.name in costs else tag("td", "not known", colspan=4),
         )
         for run, style in report.all
     ]
@@ -220,7 +229,7 @@ def _cost_cells(cost: Cost) -> list[Markup]:
 # ---------------------------------------------------------------------------------------------- footer
 
 
-def _footer(run: Run) -> Markup:
+def _footer(run: Evaluated) -> Markup:
     subject = run.results[0].subject
     snapshot = f", snapshot {subject.snapshot}" if subject.snapshot else ""
     return tag("footer", f"Evaluated: {subject.checkpoint}{snapshot}. Made by lift-report.")

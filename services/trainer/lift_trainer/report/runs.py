@@ -111,9 +111,17 @@ _POINT: TypeAdapter[Point | HeldOutPoint] = TypeAdapter(Point | HeldOutPoint)
 
 
 @dataclass(frozen=True)
-class Run:
+class Evaluated:
+    """What has results: a training run, or a released file, of which nothing else is known."""
+
     name: str
     path: Path
+    results: tuple[Result, ...]
+    """By the names of their files."""
+
+
+@dataclass(frozen=True)
+class Run(Evaluated):
     config: Config
     settings: dict[str, Any]
     """All of `config.json`, for the table."""
@@ -123,8 +131,6 @@ class Run:
     points: tuple[Point, ...]
     held_out: tuple[HeldOutPoint, ...]
     """Scored while training, where that was asked for."""
-    results: tuple[Result, ...]
-    """Of its evaluations, by the names of their files."""
 
     @property
     def samples(self) -> int:
@@ -156,10 +162,12 @@ def named(argument: str) -> tuple[str, Path]:
     return name or Path(folder).resolve().name, Path(folder)
 
 
-def open_run(argument: str) -> Run:
+def open_evaluated(argument: str) -> Evaluated:
     """`DIR` or `NAME=DIR`. Raises `BadSource`: no run there, nothing evaluated, a file of another shape."""
     name, path = named(argument)
     if not (path / "config.json").is_file():
+        if path.suffix == ".eval" and (found := sorted(path.glob("*.json"))):
+            return Evaluated(name.removesuffix(".eval"), path, tuple(map(Result.read, found)))
         raise BadSource(
             f"{path} is no training run (no config.json); name the folder given to lift-train --run"
         )
@@ -182,11 +190,11 @@ def open_run(argument: str) -> Run:
     )
 
 
-def open_runs(arguments: Sequence[str]) -> list[Run]:
-    """As `open_run`, under names that tell them apart."""
-    runs = [open_run(argument) for argument in arguments]
-    times = Counter(run.name for run in runs)
-    return [replace(run, name=str(run.path)) if times[run.name] > 1 else run for run in runs]
+def open_all(arguments: Sequence[str]) -> list[Evaluated]:
+    """As `open_evaluated`, under names that tell them apart."""
+    found = [open_evaluated(argument) for argument in arguments]
+    times = Counter(one.name for one in found)
+    return [replace(one, name=str(one.path)) if times[one.name] > 1 else one for one in found]
 
 
 def open_cache(location: str) -> CacheCard:
@@ -196,9 +204,9 @@ def open_cache(location: str) -> CacheCard:
     return CacheCard(snapshot, load_manifest(path, snapshot))
 
 
-def cache_of(run: Run) -> CacheCard | None:
+def cache_of(run: Evaluated) -> CacheCard | None:
     """The snapshot that a run was trained on; None when it used none or the cache lies elsewhere now."""
-    if not run.config.cache or run.state.snapshot is None:
+    if not isinstance(run, Run) or not run.config.cache or run.state.snapshot is None:
         return None
     path, _ = split_location(run.config.cache[0])
     try:

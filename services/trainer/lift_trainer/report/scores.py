@@ -8,14 +8,18 @@ from lift_trainer.evaluators.compare import Difference, differences
 from lift_trainer.evaluators.result import Score
 from lift_trainer.report.markup import Child, Markup, tag
 from lift_trainer.report.tables import Table, column
-from lift_trainer.report.words import points, share, signed, words
+from lift_trainer.report.words import points, share, shown, signed, words
+
+PICTURES = frozenset({"pairs", "gallery"})
+LONGEST = 600
+"""Characters of a count, or of what was left out, that stand on the page."""
 
 TITLES = {
     "retrieval": "Retrieval",
     "shapes": "Hard negatives: shapes",
     "sugarcrepe": "Hard negatives: SugarCrepe",
-    "classification": "Zero-shot classification",
     "zeroshot": "Zero-shot classification",
+    "probe": "Probes of the states before the head",
 }
 
 
@@ -64,6 +68,38 @@ def _section(table: Table, apart: bool) -> Markup:
         tag("p", " ".join(said), class_="note"),
         tag("div", body, class_="pair body" if several else "body"),
         _differences(table),
+        _counts(table),
+    )
+
+
+def _counts(table: Table) -> Markup | None:
+    """What results tell beside scores: ties, classes without images, distances; and what was left out, by name."""
+    told = [
+        {name: shown(value) for name, value in row.result.details.items() if name not in PICTURES}
+        | {"left out": "; ".join(f"{where}: {why}" for where, why in row.result.left_out.items())}
+        for row in table.rows
+    ]
+    names = [
+        name
+        for name in dict.fromkeys(name for one in told for name in one)
+        if any(one.get(name) for one in told)
+    ]
+    if not names:
+        return None
+    body = [
+        tag("tr", tag("td", words(name)), [tag("td", _cut(one.get(name) or "–")) for one in told])
+        for name in names
+    ]
+    head = tag("tr", tag("th"), [tag("th", row.run.name) for row in table.rows])
+    counts = tag("table", tag("thead", head), tag("tbody", body), class_="differ")
+    return tag("details", tag("summary", "Counts beside the scores"), tag("div", counts, class_="scroll"))
+
+
+def _cut(text: str) -> str:
+    return (
+        text
+        if len(text) <= LONGEST
+        else f"{text[:LONGEST]} … ({len(text):,} characters in the result's file)"
     )
 
 

@@ -7,14 +7,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from lift_trainer.evaluators.result import Result
-from lift_trainer.report.runs import Run
+from lift_trainer.report.runs import Evaluated
 
 RECALL = re.compile(r"(?:(?P<before>.*?)[/_. ])?(?P<cutoff>r@\d+)(?:[/_. ](?P<after>.*))?")
 
 
 @dataclass(frozen=True)
 class Row:
-    run: Run
+    run: Evaluated
     style: str
     """CSS class of the run, the same all over the page."""
     result: Result
@@ -56,7 +56,7 @@ class Table:
         return recalls or names[:1]
 
 
-def tables(runs: Sequence[tuple[Run, str]]) -> list[Table]:
+def tables(runs: Sequence[tuple[Evaluated, str]]) -> list[Table]:
     """All results of some runs (each with its CSS class), grouped; those of the first run first."""
     found: dict[tuple[str, str, str], list[Row]] = {}
     for run, style in runs:
