@@ -545,6 +545,7 @@ def test_cost_stands_beside_score_counted_where_the_settings_say(
     few, many = float(row["small"][1].split()[0]), float(row["large"][1].split()[0])
     assert row["small"][1].endswith("TFLOP") and many > 2 * few
     assert row["unknown"][1] == "not known"
+    assert "not known its cache is not at hand" in said(out)
     assert "Loss by training operations" in said(out)  # of those that are known
 
 

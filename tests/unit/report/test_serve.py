@@ -57,11 +57,12 @@ def serving(runs: dict[str, TrainedRun], index: Index) -> Iterator[Server]:
     server.server_close()
 
 
-def get(server: Server, path: str, host: str | None = None) -> tuple[int, str, bytes]:
+def get(server: Server, path: str, host: str | None = None, **headers: str) -> tuple[int, str, bytes]:
     """Status, content type, content."""
+    named = {name.replace("_", "-"): value for name, value in headers.items()}
     connection = http.client.HTTPConnection(*server.server_address[:2], timeout=30)  # type: ignore[arg-type]
     try:
-        connection.request("GET", path, headers={"Host": host} if host else {})
+        connection.request("GET", path, headers=named | ({"Host": host} if host else {}))
         answer = connection.getresponse()
         return answer.status, answer.headers["Content-Type"], answer.read()
     finally:
@@ -110,6 +111,8 @@ def test_what_is_typed_is_shown_as_text_and_other_hosts_and_paths_are_refused(se
     for host in ("localhost", f"localhost:{port}", f"127.0.0.1:{port}", f"[::1]:{port}"):
         assert get(serving, "/", host)[0] == 200
     assert serving.server_address[0] == "127.0.0.1"
+    assert get(serving, "/?q=a", Sec_Fetch_Site="cross-site")[0] == 421  # an <img> on somebody's page
+    assert get(serving, "/?q=a", Sec_Fetch_Site="same-origin")[0] == 200
     for path in ("/image/28", "/image/-1", "/image/x", "/../etc/passwd", "//evil.example/", "/image/0/"):
         assert get(serving, path)[0] == 404
 

@@ -42,8 +42,10 @@ class Cost:
     """Of the clock."""
     device: str | None
     devices: int
+    encoder: bool
+    """Whether texts came from a frozen encoder."""
     embedding: Embedding | None
-    """None where no text encoder was needed, or its cache is not at hand."""
+    """None without one, or where its cache is not at hand."""
 
     @property
     def flops(self) -> int | None:
@@ -67,6 +69,7 @@ def cost_of(run: Run, card: CacheCard | None, fill: FillSummary | None) -> Cost:
         seconds=run.seconds,
         device=libraries.get("device"),
         devices=int(libraries.get("devices", "1")),
+        encoder=run.state.recipe is not None,
         embedding=_embedding(card, fill) if card else None,
     )
 

@@ -213,8 +213,10 @@ def _costs(report: Report, found: Sequence[Table], costs: dict[str, Cost]) -> Ma
 def _cost_cells(cost: Cost) -> list[Markup]:
     training = short(cost.flops, "FLOP") if cost.flops else "not known"
     each = f"{short(cost.per_image, 'FLOP')} an image" if cost.per_image else None
-    device = f"{cost.devices} × {cost.device}" if cost.devices > 1 else cost.device
-    texts, beside = "none", None
+    device = cost.device
+    if cost.devices > 1:
+        device = f"{cost.devices} × {cost.device}, {cost.device_seconds:,.0f} s in all"
+    texts, beside = ("not known", "its cache is not at hand") if cost.encoder else ("none", None)
     if one := cost.embedding:
         texts = short(one.flops, "FLOP") if one.flops else f"{short(one.tokens)} tokens"
         beside = f"{one.captions:,} captions" + (f", {duration(one.seconds)}" if one.seconds else "")

@@ -1,7 +1,8 @@
 """A page on this machine where one types a caption and sees the nearest images, checkpoints side by side.
 
-The standard library's server, on loopback alone. A page of another origin that has its name resolve to this address
-is refused by its Host header; there is no script, and nothing outside is referenced.
+The standard library's server, on loopback alone. A page of another origin is refused, be it that its name resolves to
+this address (by Host) or that it asks for ours (by Sec-Fetch-Site). There is no script, and nothing outside is
+referenced.
 """
 
 from __future__ import annotations
@@ -67,7 +68,8 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         host = re.sub(r":\d+$", "", self.headers.get("Host", "")).lower()
-        if host not in HOSTS:
+        from_elsewhere = self.headers.get("Sec-Fetch-Site", "none") not in ("none", "same-origin")
+        if host not in HOSTS or from_elsewhere:
             self._answer(
                 HTTPStatus.MISDIRECTED_REQUEST, "text/plain", b"this page is for this machine alone\n"
             )
