@@ -193,6 +193,10 @@ def test_a_caption_that_is_typed_finds_images_through_the_live_embedder(made: Pa
         )
         try:
             here = address(page, log, r"serving (http://\S+) to this machine")
+            give_up = time.monotonic() + 300
+            while httpx.get(f"{url}/readyz", timeout=60).status_code != 200:
+                assert time.monotonic() < give_up
+                time.sleep(0.5)
             asked = httpx.get(here, params={"q": "a boat that nobody has drawn"}, timeout=120)
             assert asked.status_code == 200
             sides = asked.text.split('<ol class="near">')[1:]
