@@ -576,12 +576,14 @@ def test_anisotropy_is_told_before_and_after_the_transform(
     made = write_cache(
         tmp_path / "cache", RECIPE, Encoding(dimensions=576), [f"caption {i}" for i in range(200)], vectors
     )
-    run = new_run("run", snapshot=made.id, settings={"cache": str(tmp_path / "cache")})
+    run = new_run("run", snapshot=made.id, settings={"cache": "/where/it/was"})
     unit = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
     transform = TextTransform(TransformSpec.parse("center"), torch.from_numpy(unit.mean(0)))
     transform.save(run / "checkpoints/step-001500/text-transform.safetensors")
     out = tmp_path / "report.html"
     report(run, "-o", out, capsys=capsys)
+    assert "as stored" not in said(out)
+    report(run, "--cache", tmp_path / "cache", "-o", out, capsys=capsys)
     text = said(out)
     assert "Of any two of 200 captions of the cache" in text  # the data of training are not here
     assert re.search(r"SmolLM2-135M-Instruct, as stored 0\.9\d\d", text)

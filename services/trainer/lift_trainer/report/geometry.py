@@ -7,8 +7,9 @@ the variance. What the transform changes about that is measured on one fixed sam
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -16,7 +17,6 @@ import torch
 from lift_cache.errors import CacheNotFound, LiftError
 from lift_cache.keys import sort_order
 from lift_cache.reader import CacheReader
-from lift_cache.snapshot import split_location
 from lift_trainer.checkpoint import transform_file
 from lift_trainer.config import TrainConfig
 from lift_trainer.rejects import Rejects
@@ -73,28 +73,30 @@ def lie(x_nd: np.ndarray) -> Lie:
     )
 
 
-def geometries(runs: Sequence[Run]) -> list[Geometry]:
-    """One for each cache and data; runs without a cache, or whose cache is not at hand as it was, are left out."""
+def geometries(runs: Sequence[Run], caches: Mapping[str, Path]) -> list[Geometry]:
+    """One for each snapshot and data; where the snapshot is not at hand there is none.
+
+    Args:
+        caches: where each run's cache lies, by the run's name; none for runs without.
+    """
     alike: dict[str, list[Run]] = {}
     for run in runs:
-        if run.config.cache and run.state.snapshot is not None:
-            key = run.state.snapshot, run.config.cache[0], run.settings.get("data")
-            alike.setdefault(repr(key), []).append(run)
+        if run.name in caches and run.state.snapshot is not None:
+            alike.setdefault(repr((run.state.snapshot, run.settings.get("data"))), []).append(run)
     found = []
     for some in alike.values():
         with contextlib.suppress(LiftError):
-            found.append(_geometry(some))
+            found.append(_geometry(some, caches[some[0].name]))
     return found
 
 
-def _geometry(runs: Sequence[Run]) -> Geometry:
+def _geometry(runs: Sequence[Run], cache: Path) -> Geometry:
     """Of runs on one snapshot and data. Raises LiftError."""
     run = runs[0]
-    path, _ = split_location(run.config.cache[0])
-    reader = CacheReader(f"{path}@{run.state.snapshot}")
+    reader = CacheReader(f"{cache}@{run.state.snapshot}")
     rows, of_training = _sample(run, reader)
     if len(rows) < 2:
-        raise CacheNotFound(f"{path} has fewer than two captions of {run.path}")
+        raise CacheNotFound(f"{cache} has fewer than two captions of {run.path}")
     stored = torch.from_numpy(np.ascontiguousarray(reader.encoding.decode(reader.gather(rows))))
     by_transform: dict[str, list[Run]] = {}
     for each in runs:

@@ -54,7 +54,8 @@ def render(report: Report) -> str:
     """The whole page. Raises `BadSource` for gallery images that are gone, or results of another shape."""
     found = tables(report.all)
     runs = [run for run, _ in report.trained]
-    costs = {run.name: _cost(report, run) for run in runs}
+    cards = {run.name: _card(report, run) for run in runs}
+    costs = {run.name: _cost(report, run, cards[run.name]) for run in runs}
     return document(
         f"{', '.join(run.name for run in report.runs)} – LIFT report",
         _header(report, found),
@@ -62,15 +63,23 @@ def render(report: Report) -> str:
         _costs(report, found, costs),
         curves(report.trained, costs),
         galleries(found, report.seed),
-        lies(geometries(runs)),
+        lies(geometries(runs, {name: card.path for name, card in cards.items() if card})),
         differences(runs),
         made_of(runs[0], report.cache, report.fill) if runs else None,
         _footer(report.runs[0]),
     )
 
 
-def _cost(report: Report, run: Run) -> Cost:
-    card = cache_of(run) if run is not report.runs[0] else report.cache
+def _card(report: Report, run: Run) -> CacheCard | None:
+    """Of the run's cache; where that is not at hand, the report's may be a copy of it."""
+    if run is report.runs[0]:
+        return report.cache
+    found = cache_of(run)
+    copy = report.cache if report.cache and report.cache.snapshot == run.state.snapshot else None
+    return found or copy
+
+
+def _cost(report: Report, run: Run, card: CacheCard | None) -> Cost:
     same = report.cache is not None and card is not None and card.snapshot == report.cache.snapshot
     return cost_of(run, card, report.fill if same else None)
 

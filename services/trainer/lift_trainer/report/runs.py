@@ -146,6 +146,8 @@ class Run(Evaluated):
 
 @dataclass(frozen=True)
 class CacheCard:
+    path: Path
+    """Where it lies now."""
     snapshot: str
     manifest: Manifest
 
@@ -201,7 +203,7 @@ def open_cache(location: str) -> CacheCard:
     """`PATH` or `PATH@ID`. Raises `CacheNotFound`, `CacheDamaged`."""
     path, wanted = split_location(location)
     snapshot = find_snapshot(path, wanted)
-    return CacheCard(snapshot, load_manifest(path, snapshot))
+    return CacheCard(path, snapshot, load_manifest(path, snapshot))
 
 
 def cache_of(run: Evaluated) -> CacheCard | None:
