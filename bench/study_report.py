@@ -119,7 +119,7 @@ class Verdict:
 
 def best(kept: Results, name: str) -> str | None:
     """An arm, or that of a family with the highest validation score; None while a sweep is not done."""
-    arms = kept.study.families.get(name, [name])
+    arms = kept.study.named(name)
     scores = {arm: kept.validated(arm) for arm in arms}
     if any(score is None for score in scores.values()):
         return None
@@ -153,6 +153,8 @@ def verdict_table(kept: Results, made: Made) -> Iterator[str]:
 
 def equal_compute(kept: Results, made: Made) -> Iterator[str]:
     """The joint arm where it has taken as many operations as the whole run of the fixed one."""
+    if not {"fixed", "joint"} <= kept.study.families.keys():
+        return
     fixed, joint = best(kept, "fixed"), best(kept, "joint")
     if fixed not in made or joint not in made:
         return
@@ -198,10 +200,10 @@ text { fill: #444; }
 .grid { stroke: #e4e4e4; }
 .level { stroke: #888; stroke-dasharray: 3 3; }
 .line { fill: none; stroke-width: 2; }
-.dot { fill: transparent; stroke: none; }
+.dot { fill: transparent; stroke: none !important; }
 """
 COLOURS = ("#0b6e4f", "#c44900", "#5bb98c", "#2b59c3", "#7a7a7a", "#b8b8b8", "#b07bac", "#f0a202")
-PANEL = 300, 230
+PANEL = 330, 240
 HEAD = 84
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from lift_cache.errors import BadConfig, BadSource
 from lift_cache.files import write_atomic
@@ -60,12 +60,34 @@ class Study(BaseModel):
         """Raises BadConfig."""
         try:
             return cls.model_validate(yaml.safe_load(path.read_text()))
-        except (OSError, yaml.YAMLError, ValidationError) as error:
-            raise BadConfig(f"{path}: {error}") from None
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = "".join(f"{part}: " for part in first["loc"])
+            raise BadConfig(f"{path}: {where}{first['msg']}") from None
+        except (OSError, yaml.YAMLError) as error:
+            raise BadConfig(f"{path}: {' '.join(str(error).split())}") from None
 
     @property
     def steps(self) -> int:
         return int(self.training["steps"])
+
+    def named(self, name: str) -> list[str]:
+        """The arms of a family, or the arm of that name."""
+        return self.families.get(name, [name])
+
+    @model_validator(mode="after")
+    def _every_name_is_an_arm(self) -> Study:
+        names = [
+            *self.families,
+            *self.preview.arms,
+            *(side for c in self.comparisons for side in (c.arm, c.over)),
+        ]
+        for arm in (arm for name in names for arm in self.named(name)):
+            if arm not in self.arms:
+                raise ValueError(f"{arm}: no such arm")
+        if self.steps % self.score_every:
+            raise ValueError(f"score_every {self.score_every} does not divide the {self.steps} steps")
+        return self
 
 
 @dataclass(frozen=True)

@@ -66,7 +66,7 @@ def result_of(
 # ------------------------------------------------------------------------------------------- the rules
 
 
-def test_every_arm_can_be_trained_and_every_comparison_names_arms_that_there_are(
+def test_every_arm_can_be_trained_and_choices_are_among_the_first(
     bench: SimpleNamespace, rules: Any, tmp_path: Path
 ) -> None:
     for arm in rules.arms:
@@ -76,13 +76,18 @@ def test_every_arm_can_be_trained_and_every_comparison_names_arms_that_there_are
         ):
             config = bench.run.config_of(run, tmp_path, tmp_path / "run")
             assert config.lr == run.learning_rate and config.seed == run.seed
-            assert config.steps % rules.score_every == 0
-    named = [*rules.families.values(), rules.preview.arms]
-    named += [rules.families.get(name, [name]) for one in rules.comparisons for name in (one.arm, one.over)]
-    assert {arm for some in named for arm in some} <= rules.arms.keys()
     assert rules.data["validation"]["seed"] != rules.data["reported"]["seed"]
     first = [*rules.arms][: rules.first]
     assert {arm for some in rules.families.values() for arm in some} <= {*first}
+
+
+def test_a_comparison_of_an_arm_that_is_not_there_is_refused(bench: SimpleNamespace, tmp_path: Path) -> None:
+    path = tmp_path / "study.yaml"
+    path.write_text(
+        (BENCH / "study.yaml").read_text().replace("over: joint, variant: seen", "over: jiont, variant: seen")
+    )
+    with pytest.raises(BadConfig, match=r"study.yaml: .*jiont: no such arm"):
+        bench.rules.Study.read(path)
 
 
 def test_what_is_left_comes_sweep_first_then_seed_by_seed(
@@ -256,6 +261,31 @@ def test_a_run_is_made_once_and_its_scores_are_those_of_the_evaluators(
     swapped = found["curve"][-1]["scores"]["test"]["seen"]["swap_obj"]
     assert swapped == 0  # equal bags of words tie, and a tie is wrong
     assert "done before" in make()
+
+
+@pytest.mark.slow
+def test_the_study_says_its_hours_makes_what_is_left_and_then_has_nothing_left(
+    bench: SimpleNamespace, small: Path, inputs: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    content = yaml.safe_load(small.read_text())
+    content |= {"arms": {"word-hash": content["arms"]["word-hash"]}, "first": 1}
+    content["preview"]["arms"] = ["word-hash"]
+    content |= {"learning_rates": [0.01, 0.001], "seeds": [3]}
+    small.write_text(yaml.safe_dump(content))
+    results = tmp_path / "results"
+    bench.study.run(inputs=inputs, results=results, study=small, only=("word-hash/lr0.001",))
+    capfd.readouterr()
+    bench.study.run(inputs=inputs, results=results, study=small)
+    said = capfd.readouterr().out
+    assert "2 runs are left, about 0.0 hours" in said.splitlines()[0]
+    assert re.findall(r"^word-hash/\S+(?=:)", said, re.MULTILINE) == ["word-hash/lr0.01", "word-hash/3"]
+    bench.study.run(inputs=inputs, results=results, study=small)
+    assert capfd.readouterr().out == "nothing is left to run\n"
+    bench.study.report(out=tmp_path / "report", results=results, study=small)
+    assert "UNFINISHED" not in capfd.readouterr().out
+    (results / "word-hash-seed3.json").rename(results / "word-hash-seed4.json")
+    with pytest.raises(BadConfig, match="no arm has been reported on yet"):
+        bench.study.report(out=tmp_path / "report", results=results, study=small)
 
 
 @pytest.mark.slow
