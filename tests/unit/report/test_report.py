@@ -572,9 +572,9 @@ def test_equal_vectors_have_one_direction() -> None:
 def test_anisotropy_is_told_before_and_after_the_transform(
     new_run: MakeRun, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    vectors = np.random.default_rng(0).normal(size=(200, 576)).astype(np.float32) + 3
+    vectors = np.random.default_rng(0).normal(size=(60, 576)).astype(np.float32) + 3
     made = write_cache(
-        tmp_path / "cache", RECIPE, Encoding(dimensions=576), [f"caption {i}" for i in range(200)], vectors
+        tmp_path / "cache", RECIPE, Encoding(dimensions=576), [f"caption {i}" for i in range(60)], vectors
     )
     run = new_run("run", snapshot=made.id, settings={"cache": "/where/it/was"})
     unit = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
@@ -585,7 +585,7 @@ def test_anisotropy_is_told_before_and_after_the_transform(
     assert "as stored" not in said(out)
     report(run, "--cache", tmp_path / "cache", "-o", out, capsys=capsys)
     text = said(out)
-    assert "Of any two of 200 captions of the cache" in text  # the data of training are not here
+    assert "Of any two of 60 captions of the cache" in text  # the data of training are not here
     assert re.search(r"SmolLM2-135M-Instruct, as stored 0\.9\d\d", text)
     assert re.search(r"after center run -?0\.0\d\d", text)
 

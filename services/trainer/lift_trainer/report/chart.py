@@ -56,7 +56,13 @@ def line_chart(
         for y in y_ticks
     ]
     below = [
-        tag("text", number(x), x=at_x(x), y=height - BOTTOM + 18, text_anchor="middle")
+        tag(
+            "text",
+            short(x) if x >= 1000 else number(x),
+            x=at_x(x),
+            y=height - BOTTOM + 18,
+            text_anchor="middle",
+        )
         for x in x_ticks
         if at_x(x) < width - RIGHT - 7 * len(x_name) - 16
     ]
