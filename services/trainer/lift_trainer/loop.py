@@ -12,6 +12,7 @@ import contextlib
 import math
 import os
 import signal
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -24,7 +25,7 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from lift_cache.errors import CacheLocked, LiftError, ServerUnavailable
+from lift_cache.errors import CacheLocked, LiftError
 from lift_cache.files import write_atomic
 from lift_trainer.batches import Batches, WorkerDied
 from lift_trainer.checkpoint import Checkpoint, checkpoint_path, latest_name, save_checkpoint
@@ -69,7 +70,8 @@ def train(job: Job) -> Outcome:
 
     Raises:
         BadSource: too many broken images.
-        LiftError: the loss or its gradient is no longer a number; a worker process died.
+        LiftError: the loss or its gradient is no longer a number; a worker process died; data, texts or held-out
+            data that cannot be read any more. Steps that were done are saved first, wherever that is possible.
         CacheFull: no room for a checkpoint or a line of metrics.
         CacheLocked: another process trains this run, or did since the job was prepared.
     """
@@ -137,6 +139,14 @@ def _train(job: Job) -> Outcome:
             config.run, state, model, optimizer, job.transforms, config.keep, before=checkpoint, best=best
         )
 
+    def rescue() -> str:
+        """Save what was done since the last checkpoint, before an error ends the run; what to say about it."""
+        nonlocal checkpoint
+        # Among several ranks the others are in the middle of a step, and nothing can be agreed on.
+        if world_size() == 1 and step > (checkpoint.state.step if checkpoint else 0):
+            checkpoint = save()
+        return _saved_as(checkpoint)
+
     with (
         Metrics(
             config.run,
@@ -153,18 +163,13 @@ def _train(job: Job) -> Outcome:
             with metrics.waiting():
                 try:
                     batch = next(arriving)
-                except (RuntimeError, OSError, EOFError, ServerUnavailable) as error:
-                    from_store = isinstance(error, ServerUnavailable)
-                    if not from_store and (not workers or "in DataLoader worker process" in str(error)):
+                    job.left_out(batch.bad)
+                except LiftError as error:
+                    raise _saying(error, rescue()) from None
+                except (RuntimeError, OSError, EOFError) as error:
+                    if not workers or "in DataLoader worker process" in str(error):
                         raise
-                    # Among several ranks the others are in the middle of a step, and nothing can be agreed on.
-                    if world_size() == 1 and (checkpoint is None or checkpoint.state.step < step):
-                        checkpoint = save()
-                    saved = f"saved as {checkpoint.path}" if checkpoint else "nothing was saved yet"
-                    if from_store:
-                        raise ServerUnavailable(f"{error}; {saved}") from None
-                    raise _worker_died(step, saved, error) from None
-            job.left_out(batch.bad)
+                    raise _worker_died(step, rescue(), error) from None
 
             torch.manual_seed(_dropout_seed(config.seed, step))
             lr = schedule.lr(step)
@@ -197,12 +202,20 @@ def _train(job: Job) -> Outcome:
                     positive=seen.positive.item(),
                     negative=seen.negative.item(),
                 )
-            improved = False
+            improved, failure, failed = False, None, False
             if config.eval_data and (step % (config.eval_every or EVAL_EVERY) == 0 or step == schedule.total):
                 with metrics.aside():
-                    improved = agreed(watched is not None and watched.score(step, model, metrics))
-            if improved or last or step % config.checkpoint_every == 0:
+                    try:
+                        improved = watched is not None and watched.score(step, model, metrics)
+                    except LiftError as error:
+                        failure = error
+                    improved, failed = agreed(improved), agreed(failure is not None)
+            if improved or failed or last or step % config.checkpoint_every == 0:
                 checkpoint = save()
+                if agreed(failed):  # once more: the first rank that ends takes the others with it
+                    if failure is None:
+                        sys.exit(2)
+                    raise _saying(failure, _saved_as(checkpoint)) from None
                 if last:
                     return Outcome(step, schedule.total, checkpoint_path(config.run, step), stop.signal)
 
@@ -294,9 +307,21 @@ def _dropout_seed(seed: int, step: int) -> int:
 def _require_finite(loss: float, grad_norm: float, step: int, checkpoint: Checkpoint | None) -> None:
     if math.isfinite(loss) and math.isfinite(grad_norm):
         return
+    if rank() != 0 and not math.isfinite(grad_norm):
+        sys.exit(2)  # the norm is that of all ranks, and rank 0 says it
     what = f"the gradient norm is {grad_norm}" if math.isfinite(loss) else f"the loss is {loss}"
     before = f"the checkpoint before is {checkpoint.path}" if checkpoint else "no checkpoint was written yet"
     raise LiftError(f"{what} at step {step}; {before}; try a lower --lr or a longer --warmup")
+
+
+def _saved_as(checkpoint: Checkpoint | None) -> str:
+    return f"saved as {checkpoint.path}" if checkpoint else "nothing was saved yet"
+
+
+def _saying(error: LiftError, more: str) -> LiftError:
+    """The error, with more in its line."""
+    error.args = (f"{error}; {more}",)
+    return error
 
 
 def _worker_died(step: int, saved: str, error: Exception) -> LiftError:

@@ -28,12 +28,12 @@ class Rejects:
         where = where.encode(errors="backslashreplace").decode()
         if where in self.named:
             return
-        self.named[where] = reason
-        if len(self.named) > self.limit:
+        if len(self.named) >= self.limit:  # not noted: a run that goes on has to meet it again
             raise BadSource(
-                f"{where}: {reason}; that makes {len(self.named)} broken samples, more than --max-bad {self.limit}: "
+                f"{where}: {reason}; that makes {len(self.named) + 1} broken samples, more than --max-bad {self.limit}: "
                 "repair the data, or raise the limit to train without them"
             )
+        self.named[where] = reason
         if len(self.named) <= NAMED:
             print(f"left out {where}: {reason}", file=sys.stderr)
         elif len(self.named) == NAMED + 1:

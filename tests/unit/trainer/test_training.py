@@ -366,6 +366,25 @@ def test_a_broken_image_is_named_once_and_remembered_across_a_restart(
         run(world, "strict", data=[str(shard)], cache_images=0, max_bad=0)
 
 
+def test_one_broken_image_too_many_costs_no_step_and_is_met_again_until_it_is_allowed(world: World) -> None:
+    broken = {1: "0001", 9: "0009", 17: "0017"}
+    samples = [
+        (f"{i:04d}", b"broken" if i in broken else png(i), {"caption": f"drawing number {i}"})
+        for i in range(28)
+    ]
+    shard = write_tar(world.root / "hurt.tar", samples)
+    changes = {"data": [str(shard)], "cache_images": 0, "batch_size": 2, "epochs": 1}
+    for _ in range(2):
+        with pytest.raises(
+            LiftError, match=r"3 broken samples, more than --max-bad 2: .*; saved as .*step-\d+$"
+        ):
+            run(world, max_bad=2, **changes)
+        found = find_checkpoint(world.root / "run")
+        assert found is not None and found.state.step >= 1 and len(found.state.bad) == 2
+    continued, whole = run(world, max_bad=3, **changes), run(world, "whole", max_bad=3, **changes)
+    assert all(torch.equal(value, weights(whole)[name]) for name, value in weights(continued).items())
+
+
 def test_a_loss_that_is_no_number_stops_the_run_with_advice(world: World) -> None:
     with pytest.raises(
         LiftError, match=r"the loss is nan at step \d+; the checkpoint before is .*; try a lower --lr"

@@ -9,9 +9,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from lift_cache.errors import BadConfig
+from lift_cache.errors import BadConfig, BadSource, CacheDamaged
+from lift_trainer.checkpoint import find_checkpoint
+from lift_trainer.heldout import HeldOut, Scores
 from lift_trainer.job import prepare
 from lift_trainer.loop import Outcome, train
+from lift_trainer.model import LiftModel
 from tests.unit.trainer.conftest import World, png, write_tar
 
 pytestmark = pytest.mark.slow
@@ -80,3 +83,56 @@ def test_a_joint_run_is_watched_too(world: World, held_out: Path) -> None:
     }
     run(world, "joint", eval_data=[str(held_out)], eval_every=3, **joint)
     assert [line["step"] for line in lines(world, "joint") if "held_out" in line] == [3]
+
+
+def test_held_out_data_that_cannot_be_read_any_more_cost_no_step(
+    world: World, held_out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    score, changes = HeldOut.scores, {"eval_data": [str(held_out)], "eval_every": 3, "checkpoint_every": 100}
+    scored: list[int] = []
+
+    def lost(self: HeldOut, model: LiftModel) -> Scores:
+        scored.append(1)
+        if len(scored) == 2:
+            raise CacheDamaged("the cache is gone")
+        return score(self, model)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(HeldOut, "scores", lost)
+        with pytest.raises(CacheDamaged, match=r"^the cache is gone; saved as .*step-000006$"):
+            run(world, "parts", **changes)
+    found = find_checkpoint(world.root / "parts")
+    assert found is not None and found.state.step == 6
+    continued, whole = run(world, "parts", **changes), run(world, "whole", **changes)
+    expected = load_file(whole.checkpoint / "model.safetensors")
+    assert all(
+        torch.equal(v, expected[n]) for n, v in load_file(continued.checkpoint / "model.safetensors").items()
+    )
+
+
+def test_too_many_broken_held_out_images_are_named_and_the_run_goes_on_when_they_are_allowed(
+    world: World,
+) -> None:
+    samples = [(f"{i:04d}", b"" if i == 2 else png(i), {"caption": f"drawing number {i}"}) for i in range(12)]
+    shard = write_tar(world.root / "hurt.tar", samples)
+    changes = {"eval_data": [str(shard)], "eval_every": 5, "max_bad": 0}
+    for _ in range(2):  # the same command meets it at the next scoring again
+        with pytest.raises(BadSource, match=r"hurt\.tar:0002: .* more than --max-bad 0: .*; saved as"):
+            run(world, "run", **changes)
+    assert run(world, "run", **changes | {"max_bad": 1}).finished
+
+
+def test_held_out_loss_is_that_of_the_batch_whatever_further_negatives_a_run_has(
+    world: World, held_out: Path
+) -> None:
+    """They are drawn from the training captions, and a score must not depend on what was trained on."""
+    changes = {"eval_data": [str(held_out)], "steps": 1, "lr": 1e-30, "warmup": "0", "weight_decay": 0.0}
+    run(world, "without", **changes)
+    run(world, "with", text_negatives=8, **changes)
+    ours, theirs = (
+        next(line["held_out"] for line in lines(world, name) if "held_out" in line)
+        for name in ("without", "with")
+    )
+    assert ours == pytest.approx(theirs, abs=1e-6)
+    trained = [lines(world, name)[0]["loss"] for name in ("without", "with")]
+    assert trained[1] > trained[0]  # type: ignore[operator]
