@@ -55,16 +55,36 @@ class Checkpoint:
     state: State
 
     def load_model(self, model: nn.Module) -> None:
-        model.load_state_dict(load_file(self.path / MODEL))
+        """Raises BadConfig: weights of another model than the settings make today."""
+        tensors, wanted = load_file(self.path / MODEL), model.state_dict()
+        for name in sorted(wanted.keys() | tensors.keys()):
+            self._require_shape(MODEL, name, tensors.get(name), wanted.get(name))
+        model.load_state_dict(tensors)
 
     def load_optimizer(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        """Raises BadConfig: states of another model."""
         tensors = load_file(self.path / OPTIMIZER)
         for name, parameter in model.named_parameters():
             prefix = f"{name}/"
             state = {key.removeprefix(prefix): t for key, t in tensors.items() if key.startswith(prefix)}
+            for key, tensor in state.items():
+                if key != "step":
+                    self._require_shape(OPTIMIZER, prefix + key, tensor, parameter)
             if state:
                 # `step` stays where AdamW wants it: fused on the device, as the moments are.
                 optimizer.state[parameter] = {key: t.to(parameter.device) for key, t in state.items()}
+
+    def _require_shape(
+        self, file: str, name: str, found: torch.Tensor | None, wanted: torch.Tensor | None
+    ) -> None:
+        """Raises BadConfig: the two differ, or one is not there."""
+        there, here = ("absent" if t is None else list(t.shape) for t in (found, wanted))
+        if there != here:
+            made = ", ".join(f"{library} {version}" for library, version in self.state.libraries.items())
+            raise BadConfig(
+                f"{self.path / file}: {name} is {there} there and {here} in the model that its settings make now; it "
+                f"was written by {made}: go on with these, or begin another --run"
+            )
 
     def load_transforms(self) -> tuple[TextTransform, ...]:
         """One per cache. Raises CacheDamaged."""
@@ -242,6 +262,9 @@ def refuse_other_inputs(
         raise _refusal(run, "a number of --cache", len(state.texts), len(texts))
     for number, (theirs, ours) in enumerate(zip(state.texts, texts, strict=True)):
         which = "--cache" if number == 0 else f"--cache number {number + 1}"
+        if theirs.recipe and ours.recipe:
+            for field, then, now in theirs.recipe.differences(ours.recipe):
+                raise _refusal(run, f"{field} in the recipe of {which}", then, now)
         for what, then, now in (
             (f"the snapshot of {which}", theirs.snapshot, ours.snapshot),
             ("the digest of the vectors embedded at --server", theirs.overlay_digest, ours.overlay_digest),

@@ -30,8 +30,8 @@ class Rejects:
             return
         if len(self.named) >= self.limit:  # not noted: a run that goes on has to meet it again
             raise BadSource(
-                f"{where}: {reason}; that makes {len(self.named) + 1} broken samples, more than --max-bad {self.limit}: "
-                "repair the data, or raise the limit to train without them"
+                f"{where}: {reason}; that makes {len(self.named) + 1} broken samples, more than --max-bad "
+                f"{self.limit}: repair the data, or raise the limit to train without them"
             )
         self.named[where] = reason
         if len(self.named) <= NAMED:

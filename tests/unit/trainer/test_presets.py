@@ -15,6 +15,8 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
+from lift_cache.bulk import write_cache
+from lift_cache.encoding import Encoding
 from lift_cache.errors import BadConfig, MissingCaptions
 from lift_trainer.commands import presets
 from lift_trainer.commands import train as lift_train
@@ -206,6 +208,19 @@ def test_two_caches_give_every_image_two_positives(world: World) -> None:
         prepare(world.config("both", **both | {"cache": str(world.cache)}))
 
 
+def test_caches_of_different_widths_need_a_head_or_a_transform_to_meet(world: World) -> None:
+    wide = world.recipe.model_copy(update={"dimensions": 32})
+    drawn = torch.randn(len(world.captions), 32, generator=torch.Generator().manual_seed(0)).numpy()
+    write_cache(world.root / "wide", wide, Encoding(dimensions=32), world.captions, drawn)
+    both = {"cache": [str(world.cache), str(world.root / "wide")], "steps": 2, "warmup": "0"}
+    with pytest.raises(
+        BadConfig, match=r"do not meet: .*cache \(.*\) 24, .*wide \(--text-head none\) 32; put a"
+    ):
+        prepare(world.config(**both))
+    assert train(prepare(world.config("whitened", **both, text_transform="whiten:3"))).finished
+    assert train(prepare(world.config("heads", **both, text_head="linear", dimensions=8))).finished
+
+
 def test_sides_that_do_not_meet_are_refused(world: World, published: Path) -> None:
     frozen = {"tower": TINY, "image_size": SIDE, "start": "frozen", "weights": published}
     with pytest.raises(
@@ -246,9 +261,6 @@ def test_the_schedule_of_a_preset_ends_at_zero() -> None:
 
 
 def test_captions_that_a_cache_lacks_are_refused_also_by_a_second_cache(world: World, tmp_path: Path) -> None:
-    from lift_cache.bulk import write_cache
-    from lift_cache.encoding import Encoding
-
     write_cache(
         tmp_path / "less", world.recipe, Encoding(dimensions=24), world.captions[:5], world.vectors[:5]
     )

@@ -6,6 +6,7 @@ import json
 import multiprocessing
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import time
@@ -13,12 +14,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from lift_cache.bulk import write_cache
 from lift_cache.encoding import Encoding
 from lift_cache.errors import BadConfig, CacheDamaged, CacheFull, CacheLocked, LiftError, UnsupportedFormat
+from lift_cache.files import digest_file
 from lift_trainer.batches import Batches, WorkerDied
 from lift_trainer.checkpoint import find_checkpoint, require_checkpoint, save_checkpoint
 from lift_trainer.images import ImageStore
@@ -343,6 +345,38 @@ def test_another_configuration_snapshot_or_data_is_refused_by_name(world: World)
     )
     with pytest.raises(BadConfig, match=r"begun with the snapshot of --cache = .* and is now given"):
         prepare(world.config(steps=2, cache=f"{world.root / 'cache2'}@{snapshot.id}"))
+    other_recipe = world.recipe.model_copy(update={"pooling": "mean"})
+    snapshot = write_cache(
+        world.root / "cache3", other_recipe, Encoding(dimensions=24), world.captions, world.vectors
+    )
+    with pytest.raises(
+        BadConfig, match=r"begun with pooling in the recipe of --cache = last and is now given mean; give"
+    ):
+        prepare(world.config(steps=2, cache=f"{world.root / 'cache3'}@{snapshot.id}"))
+
+
+@pytest.mark.parametrize(
+    ("file", "name", "stored", "said"),
+    [
+        ("model", "tower.head.0.weight", torch.zeros(24, 15), r"\[24, 15\] there and \[24, 16\]"),
+        ("model", "tower.vit.cls_token", torch.zeros(1, 1, 16), r"\[1, 1, 16\] there and absent"),
+        ("optimizer", "tower.head.0.weight/exp_avg", torch.zeros(15), r"\[15\] there and \[24, 16\]"),
+    ],
+)
+def test_weights_of_other_shapes_than_the_settings_make_are_one_clear_line(
+    world: World, file: str, name: str, stored: torch.Tensor, said: str
+) -> None:
+    """As after an update of timm that builds the tower of that name in another way."""
+    checkpoint = run(world, steps=4, checkpoint_every=2).checkpoint.with_name("step-000002")
+    shutil.rmtree(checkpoint.with_name("step-000004"))
+    path = checkpoint / f"{file}.safetensors"
+    save_file(load_file(path) | {name: stored}, path)
+    state = json.loads((checkpoint / "state.json").read_text())
+    state["files"][path.name] = digest_file(path)
+    (checkpoint / "state.json").write_text(json.dumps(state))
+    with pytest.raises(BadConfig, match=rf"{file}\.safetensors: {name} is {said} .* timm 1\.") as caught:
+        run(world, steps=4)
+    assert "\n" not in str(caught.value)
 
 
 def test_a_broken_image_is_named_once_and_remembered_across_a_restart(
