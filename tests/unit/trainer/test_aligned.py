@@ -10,10 +10,11 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from lift_cache.bulk import write_cache
 from lift_cache.encoding import Encoding
-from lift_cache.errors import BadSource, CacheDamaged, EncodingMismatch, MissingCaptions, RecipeMismatch
+from lift_cache.errors import BadConfig, BadSource, CacheDamaged, EncodingMismatch, MissingCaptions, RecipeMismatch
 from lift_cache.tools import aligned as tool
 from lift_cache.tools.export import export_aligned
 from lift_trainer import aligned
@@ -21,6 +22,8 @@ from lift_trainer.aligned import AlignedText, open_aligned
 from lift_trainer.batches import Batches
 from lift_trainer.config import TransformSpec
 from lift_trainer.images import ImageStore
+from lift_trainer.job import prepare
+from lift_trainer.loop import train
 from lift_trainer.rejects import Rejects
 from lift_trainer.samples import Index, build_index
 from lift_trainer.sampling import Captions, Sampler
@@ -104,6 +107,26 @@ def test_batches_from_aligned_files_are_those_from_the_cache(
     for a, b in zip(*streams, strict=True):
         assert torch.equal(a.texts[0], b.texts[0]) and torch.equal(a.captions, b.captions)
         assert torch.equal(a.extra_texts[0], b.extra_texts[0])
+
+
+@pytest.mark.slow
+def test_a_run_on_aligned_files_is_the_run_on_their_cache_to_the_bit_and_goes_on(
+    world: World, shards: list[Path]
+) -> None:
+    data = {"data": [str(shard) for shard in shards], "steps": 6, "checkpoint_every": 3, "text_transform": "center"}
+    aligned = {"text": "aligned", "cache": str(export(world, shards))}
+    whole = train(prepare(world.config("cache", **data)))
+    cut = train(prepare(world.config("aligned", **data, **aligned)))
+    (cut.checkpoint / "state.json").unlink()
+    parts = train(prepare(world.config("aligned", **data, **aligned)))
+    expected, found = (load_file(one.checkpoint / "model.safetensors") for one in (whole, parts))
+    assert all(torch.equal(value, found[name]) for name, value in expected.items())
+    write_cache(
+        world.root / "other", world.recipe, Encoding(dimensions=24), world.captions, world.vectors + 0.1
+    )
+    export_aligned(str(world.root / "other"), data["data"], world.root / "other-aligned")
+    with pytest.raises(BadConfig, match=r"begun with the snapshot of --cache = .* and is now given"):
+        prepare(world.config("aligned", **data, **aligned | {"cache": str(world.root / "other-aligned")}))
 
 
 def test_the_vector_beside_the_image_is_the_one_that_is_read(

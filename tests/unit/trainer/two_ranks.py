@@ -112,6 +112,39 @@ def loss_case(
     return results(whole, value)
 
 
+def leaves_case(name: str, mask: str, texts: int, extra: int) -> Results:
+    """A loss of vectors themselves, and its gradient at each: what the formula says, whoever holds them."""
+    problem = Problem.make(IMAGES, texts, extra)
+    loss = build_loss(name, mask, scale=problem.scale, bias=problem.bias).double()  # type: ignore[arg-type]
+    if not isinstance(loss, Cosine):
+        loss.log_scale.data.fill_(math.log(problem.scale))  # float32 had rounded it
+    x, y, further = (
+        share(torch.from_numpy(values)).clone().requires_grad_()
+        for values in (problem.x, problem.y, problem.extra)
+    )
+    captions, images, numbers, known = (
+        share(torch.from_numpy(values))
+        for values in (problem.captions, problem.images, problem.extra_captions, problem.known)
+    )
+    flat = texts == 1
+    value = loss(
+        x,
+        y[:, 0] if flat else y,
+        captions[:, 0] if flat else captions,
+        images,
+        Extra(further, numbers, known) if extra else None,
+    )
+    value.loss.backward()
+    found = {"loss": mean(value.loss.detach())}
+    for which, leaf in (("x", x), ("y", y), ("extra", further)):
+        # Of the sum of the ranks' losses, whose mean is the loss.
+        found[which] = gather(torch.zeros_like(leaf) if leaf.grad is None else leaf.grad) / world_size()
+    for which, parameter in loss.named_parameters():
+        assert parameter.grad is not None
+        found[which] = mean(parameter.grad)
+    return found
+
+
 def preset_case(name: str) -> Results:
     """The towers, heads and loss of a preset, in small."""
     torch.manual_seed(1)
@@ -126,6 +159,8 @@ def preset_case(name: str) -> Results:
     match name:
         case "lift":
             tower = image(dimensions)
+        case "recommended":
+            tower, loss = image(dimensions), build_loss("infonce", "caption+image")
         case "lift-cosine":
             tower, loss = image(dimensions), Cosine()
         case "clip":
@@ -144,13 +179,14 @@ def preset_case(name: str) -> Results:
             text = CachedTextTower(dimensions, 12, "gated")
             loss = build_loss("siglip", "none", scale=20)
             texts = torch.stack([vectors, vectors.roll(1, 1)], 1)
-    captions = torch.arange(IMAGES)
+    captions, images = torch.arange(IMAGES), torch.arange(IMAGES)
+    captions[3], images[5] = captions[1], images[0]
     if texts.ndim == 3:
         captions = torch.stack([captions, 10 + captions], 1)
     model = wrapped(Step(tower, text, loss).double())
 
     def rest(loss: Loss, x_bd: torch.Tensor, y_bd: torch.Tensor) -> LossValue:
-        return loss(x_bd, y_bd, share(captions))
+        return loss(x_bd, y_bd, share(captions), share(images))
 
     value = model(share(pixels), share(texts), rest)
     value.loss.backward()
@@ -180,6 +216,16 @@ for _loss, _masks, _extras in (
             CASES[f"{_loss} {_mask} texts={_texts} extra={_extra} trains={_who}"] = partial(
                 loss_case, _loss, _mask, _texts, _extra, image_trains=_image, text_trains=_text
             )
+LEAVES = {
+    f"leaves {_loss} {_mask} texts={_texts} extra={_extra}": (_loss, _mask, _texts, _extra)
+    for _loss, _masks, _extras in (
+        ("infonce", ("none", "caption", "caption+image"), (0, EXTRA)),
+        ("siglip", ("none", "caption", "caption+image"), (0, EXTRA)),
+        ("cosine", ("none",), (0,)),
+    )
+    for _mask, _texts, _extra in product(_masks, (1, TEXTS), _extras)
+}
+CASES |= {name: partial(leaves_case, *problem) for name, problem in LEAVES.items()}
 CACHED = {
     f"{who} {loss}": partial(
         loss_case, loss, "caption+image", TEXTS, EXTRA, image_trains=True, text_trains=who == "both"
@@ -189,7 +235,7 @@ CACHED = {
 }
 CASES |= {f"cached {name}": partial(case, chunk=2) for name, case in CACHED.items()}
 JOINT = ["clip", "lit"] if importlib.util.find_spec("open_clip") else []
-PRESETS = ["lift", "lift-cosine", "sharelock", "sail", *JOINT]
+PRESETS = ["lift", "lift-cosine", "recommended", "sharelock", "sail", *JOINT]
 CASES |= {f"preset {name}": partial(preset_case, name) for name in PRESETS}
 
 
