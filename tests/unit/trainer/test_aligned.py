@@ -14,7 +14,14 @@ from safetensors.torch import load_file
 
 from lift_cache.bulk import write_cache
 from lift_cache.encoding import Encoding
-from lift_cache.errors import BadConfig, BadSource, CacheDamaged, EncodingMismatch, MissingCaptions, RecipeMismatch
+from lift_cache.errors import (
+    BadConfig,
+    BadSource,
+    CacheDamaged,
+    EncodingMismatch,
+    MissingCaptions,
+    RecipeMismatch,
+)
 from lift_cache.tools import aligned as tool
 from lift_cache.tools.export import export_aligned
 from lift_trainer import aligned
@@ -113,7 +120,12 @@ def test_batches_from_aligned_files_are_those_from_the_cache(
 def test_a_run_on_aligned_files_is_the_run_on_their_cache_to_the_bit_and_goes_on(
     world: World, shards: list[Path]
 ) -> None:
-    data = {"data": [str(shard) for shard in shards], "steps": 6, "checkpoint_every": 3, "text_transform": "center"}
+    data = {
+        "data": [str(shard) for shard in shards],
+        "steps": 6,
+        "checkpoint_every": 3,
+        "text_transform": "center",
+    }
     aligned = {"text": "aligned", "cache": str(export(world, shards))}
     whole = train(prepare(world.config("cache", **data)))
     cut = train(prepare(world.config("aligned", **data, **aligned)))

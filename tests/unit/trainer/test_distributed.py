@@ -60,7 +60,8 @@ def open_clips(name: str, problem: Problem) -> dict[str, object]:
     loss = pytest.importorskip("open_clip.loss")
     x, y = (torch.from_numpy(v.copy()).requires_grad_() for v in (problem.x, problem.y[:, 0]))
     log_scale, bias = (
-        torch.tensor(v, dtype=torch.float64, requires_grad=True) for v in (math.log(problem.scale), problem.bias)
+        torch.tensor(v, dtype=torch.float64, requires_grad=True)
+        for v in (math.log(problem.scale), problem.bias)
     )
     if name == "infonce":
         value = loss.ClipLoss()(x, y, log_scale.exp())
