@@ -274,7 +274,7 @@ def require_wandb(project: str) -> Any:
         wandb.init, wandb.Settings  # noqa: B018  a folder ./wandb, as wandb makes them, imports as well
     except (ImportError, AttributeError):
         raise BadConfig(
-            f"--wandb {project}: wandb is not installed; pip install wandb, or leave it out"
+            f"--wandb {project}: wandb is not installed; pip install 'lift-trainer[wandb]', or leave it out"
         ) from None
     return wandb
 
