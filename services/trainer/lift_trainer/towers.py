@@ -279,8 +279,11 @@ def set_pos_embed(vit: VisionTransformer, choice: PosEmbed) -> None:
     assert vit.pos_embed is not None
     width, tokens = vit.embed_dim, vit.pos_embed.shape[1]
     with torch.no_grad():
+        if choice.size == "width^-0.5":  # to the letter: as CLIP's and open_clip's towers begin
+            nn.init.normal_(vit.pos_embed, std=width**-0.5)
+            return
         if choice.kind == "learned":
-            std = width**-0.5 if choice.size == "width^-0.5" else float(choice.size or 0)
+            std = float(choice.size or 0)
             nn.init.trunc_normal_(vit.pos_embed, std=std, a=-2 * std, b=2 * std)
             return
         rows, columns = vit.patch_embed.grid_size

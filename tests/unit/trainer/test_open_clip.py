@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+import yaml
 from torch import nn
 
+from lift_trainer.commands import presets
 from lift_trainer.heads import unit_vectors
 from lift_trainer.images import OPENAI_MEAN, OPENAI_STD
 from lift_trainer.losses import InfoNCE, SigLIP
@@ -87,14 +89,16 @@ def test_the_lift_tower_trains_as_open_clips() -> None:
 
 
 def test_fresh_weights_of_open_clips_kind_are_distributed_as_its_own() -> None:
-    theirs = reference_tower(32, **SMALL_SHAPE)
-    ours, holder = (build_tower(SMALL, 32, "learned:0.5", 8, init=init) for init in ("open_clip", "timm"))  # type: ignore[arg-type]
+    theirs = reference_tower(64, **SMALL_SHAPE)
+    lift = yaml.safe_load(presets()["lift"].read_text())
+    ours, holder = (
+        build_tower(SMALL, 64, lift["pos_embed"], 8, init=init)  # type: ignore[arg-type]
+        for init in (lift["init"], "timm")
+    )
     copy_weights(theirs, holder)
     for (name, mine), other in zip(ours.vit.named_parameters(), holder.vit.parameters(), strict=True):
-        if name == "pos_embed":
-            continue  # --pos-embed decides
         assert mine.std().item() == pytest.approx(other.std().item(), rel=0.15, abs=1e-9), name
-        if "cls_token" not in name:  # uniform on both sides, or constant
+        if name not in ("cls_token", "pos_embed"):  # uniform on both sides, or constant
             assert mine.max().item() == pytest.approx(other.max().item(), rel=0.05, abs=1e-9), name
 
 

@@ -99,7 +99,7 @@ def test_the_presets_hold_the_published_numbers() -> None:
     lift, sharelock, sail = (settings(name) for name in ("lift", "sharelock", "sail"))
     assert (lift["lr"], lift["weight_decay"], lift["betas"], lift["eps"]) == (1e-3, 0.2, [0.9, 0.98], 1e-6)
     assert (lift["warmup"], lift["batch_size"], lift["clip"]) == (500, 16_384, 1.0)
-    assert sharelock["scale"] == pytest.approx(math.exp(2.6592), abs=1e-3) and not sharelock["learn_scale"]
+    assert sharelock["scale"] == pytest.approx(math.exp(2.6592), abs=1e-6) and not sharelock["learn_scale"]
     assert (sharelock["lr"], sharelock["weight_decay"]) == (1e-3, 1e-4)
     assert (sharelock["steps"], sharelock["warmup"]) == (5000, 150)
     assert (sail["scale"], sail["bias"], sail["dimensions"]) == (20, -10, 1024)
