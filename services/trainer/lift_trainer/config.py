@@ -120,7 +120,9 @@ class TrainConfig(BaseModel):
         "error", description="Captions that the cache lacks: stop, leave them out, or embed them at --server."
     )
     server: Annotated[str | None, _flag(TEXT)] = Field(
-        None, description="Address of the embedder, for --on-missing embed."
+        None,
+        description="Address of the embedder, for --on-missing embed. It makes vectors of one recipe, so of several "
+        "caches all but one have to be whole.",
     )
     text_transform: Annotated[str, _flag(TEXT)] = Field(
         "none", description="none | center | whiten:K | whiten:K,shrink=A. Fitted to the training captions."
@@ -343,6 +345,11 @@ class TrainConfig(BaseModel):
         if self.keep_features and self.start != "frozen":
             raise ValueError(
                 "--keep-features needs --start frozen: states of a tower that trains do not stay"
+            )
+        if self.gradient_cache and self.head == "sharelock":
+            raise ValueError(
+                "--gradient-cache runs the image side in parts, and the batch norm of --head sharelock needs the whole "
+                "batch; leave one of them out"
             )
         if self.start == "scratch" and self.weights is not None:
             raise ValueError("--weights needs --start pretrained or frozen")

@@ -10,10 +10,12 @@ from typing import TypeVar
 import torch
 
 from lift_trainer.batches import Batches
+from lift_trainer.config import TextShape
 from lift_trainer.distributed import world_size
 from lift_trainer.flops import StepShape, plan_step
 from lift_trainer.images import ImageStore
 from lift_trainer.job import Job
+from lift_trainer.launch import agreed
 from lift_trainer.loop import backward_of, worker_count
 from lift_trainer.model import Inputs
 from lift_trainer.sampling import Sampler
@@ -85,6 +87,7 @@ def cost(job: Job) -> str:
         shape,
         precision=config.precision,
         optimizer=config.optimizer,
+        joint=TextShape.parse(config.text_shape),
     )
     left = (job.schedule.total - job.start) * config.batch_size
     return "\n".join([*step.lines(), _time(job, left)])
@@ -117,10 +120,13 @@ def _time(job: Job, images: int) -> str:
 
 
 def _rate(run: Callable[[], T], images: int) -> tuple[float, T]:
-    """Images/s of what handles so many at a time, after a first time that does not count; and what it gave."""
+    """Images/s of what handles so many at a time, after a first time that does not count; and what it gave.
+
+    Collective: ranks that meet in `run` have to do so equally often.
+    """
     times: list[float] = []
     made = run()
-    while not times or (sum(times) < SECONDS and len(times) < REPEATS):
+    while not times or (len(times) < REPEATS and agreed(sum(times) < SECONDS)):
         began = time.perf_counter()
         made = run()
         if torch.cuda.is_available():

@@ -20,7 +20,14 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from lift_cache.client import EmbeddingClient
-from lift_cache.errors import BadCaption, BadSource, CacheDamaged, EncodingMismatch, MissingCaptions
+from lift_cache.errors import (
+    BadCaption,
+    BadSource,
+    CacheDamaged,
+    EncodingMismatch,
+    MissingCaptions,
+    RecipeMismatch,
+)
 from lift_cache.files import publish, room_for, temporary_name
 from lift_cache.keys import caption_keys
 from lift_cache.reader import CacheReader
@@ -255,7 +262,13 @@ def open_texts(
                 )
             assert server is not None, "the configuration requires a server for on_missing=embed"
             kept = overlay.with_stem(f"{overlay.stem}-{number}") if number else overlay
-            vectors = _embed(reader, [index.captions[i] for i in missing], server, kept)
+            try:
+                vectors = _embed(reader, [index.captions[i] for i in missing], server, kept)
+            except RecipeMismatch as error:
+                error.args = (
+                    f"{error} (--server makes vectors of one recipe; fill other caches beforehand: lift-embed fill)",
+                )
+                raise
             found[missing] = -1 - np.arange(len(missing))
             digest = hashlib.blake2b(vectors.tobytes(), digest_size=16).hexdigest()
         text: TextVectors = CachedText(reader, found, vectors)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import csv
+import importlib.util
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -49,9 +52,19 @@ def test_train_and_evaluate_say_what_they_did_and_what_comes_next(
 def test_a_dry_run_prints_the_plan_and_writes_nothing(
     world: World, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert call(train_main, [*world.flags(), "--dry-run"]) == 0
+    settled = {"lr": 1e-3, "lr_scaling": "sqrt", "base_batch": 32, "warmup": "25%"}
+    assert call(train_main, [*world.flags(**settled), "--dry-run"]) == 0
     shown = capsys.readouterr().err
-    assert "12 steps of 8 images (4 epochs)" in shown and "warm-up 1 steps" in shown
+    assert "12 steps of 8 images (4 epochs)" in shown and "learning rate 0.0005, warm-up 3 steps" in shown
+    for line in (
+        r"tower .* [\d,]+ parameters trained",
+        r"compute   [\d.e-]+ GFLOPs an image \([\d.e-]+ forward, [\d.e-]+ backward\)",
+        r"memory    about [\d.e-]+ GiB a device for 8 images: weights .*, optimiser .*, activations and gradients ",
+        r"time      about \d+ seconds for 96 images: [\d,]+ images/s a device .* \(measured just now\)",
+    ):
+        assert re.search(f"^{line}", shown, re.MULTILINE), line
+    if importlib.util.find_spec("open_clip"):
+        assert re.search(r"; a joint text tower would add [\d.e-]+ at 77 tokens \(\+[\d,]+%\)", shown)
     assert not (world.root / "run").exists()
 
 
@@ -97,6 +110,7 @@ def test_a_flag_wins_over_the_environment_and_the_environment_over_the_file(
         (["--warmup", "soon"], "'soon' is none of"),
         (["--device", "tpu"], "--device tpu cannot be used"),
         (["--on-missing", "embed"], "--on-missing embed needs --server URL"),
+        (["--head", "sharelock", "--gradient-cache", "4"], "--gradient-cache runs the image side in parts"),
         (["--caption-field", "words"], "no field 'words'; it has captions"),
         (["--loss", "triplet"], "triplet"),
         (["--learning-rate", "1"], "Unknown option"),
@@ -115,6 +129,42 @@ def test_a_mistake_is_one_clear_line_and_nothing_is_written(
     shown = capsys.readouterr().err
     assert shown.startswith("error: ") and message in shown and shown.count("\n") == 1
     assert not (world.root / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("samples", "message"),
+    [
+        ([("0", png(0), "a"), ("1", png(1), "b"), ("0", png(2), "c")], "key '0' comes twice"),
+        ([("0", png(0), "a"), ("1", None, "b")], "bad.tar:1: no image (it has json)"),
+        ([("0", png(0), "a"), ("1", png(1), "")], "bad.tar:1: the caption is empty"),
+    ],
+)
+def test_samples_without_a_key_of_their_own_an_image_or_a_caption_are_one_clear_line(
+    world: World,
+    capsys: pytest.CaptureFixture[str],
+    samples: list[tuple[str, bytes | None, str]],
+    message: str,
+) -> None:
+    shard = write_tar(
+        world.root / "bad.tar", [(key, image, {"caption": text}) for key, image, text in samples]
+    )
+    assert call(train_main, world.flags(data=[str(shard)], max_bad=0)) == 2
+    shown = capsys.readouterr().err
+    assert shown.startswith("error: ") and message in shown and shown.count("\n") == 1
+    assert not (world.root / "run").exists()
+
+
+def test_a_row_that_names_no_image_is_one_clear_line(
+    world: World, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (world.root / "0.png").write_bytes(png(0))
+    with (world.root / "bad.csv").open("w", newline="") as file:
+        csv.writer(file).writerows(
+            [("image", "caption"), ("0.png", "drawing number 0"), ("", "drawing number 1")]
+        )
+    assert call(train_main, world.flags(data=[str(world.root / "bad.csv")], max_bad=0)) == 2
+    shown = capsys.readouterr().err
+    assert "column 'image' names no image" in shown and shown.count("\n") == 1
 
 
 @pytest.mark.parametrize(

@@ -206,7 +206,8 @@ def test_wandb_that_is_not_installed_is_one_line(
 ) -> None:
     monkeypatch.setitem(sys.modules, "wandb", there)  # type: ignore[arg-type]
     with pytest.raises(
-        BadConfig, match=r"^--wandb papers: wandb is not installed; pip install 'lift-trainer\[wandb\]', or leave"
+        BadConfig,
+        match=r"^--wandb papers: wandb is not installed; pip install 'lift-trainer\[wandb\]', or leave",
     ):
         Metrics(tmp_path, 0, 9, tensorboard=False, wandb="papers")
 

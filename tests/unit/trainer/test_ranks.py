@@ -147,6 +147,12 @@ def test_ranks_with_different_data_are_refused_in_one_line(world: World) -> None
     assert not (world.root / "run" / "checkpoints").exists()
 
 
+def test_a_dry_run_of_several_ranks_plans_once_and_writes_nothing(world: World) -> None:
+    ended = torchrun(2, [*lift_train(world.flags()), "--dry-run"])
+    assert ended.returncode == 0 and ended.stderr.count("\ntime      about") == 1, ended.stderr
+    assert "GiB a device for 4 images" in ended.stderr and not (world.root / "run").exists()
+
+
 def test_a_users_error_is_said_once_by_all_ranks_together(world: World) -> None:
     ended = torchrun(2, lift_train(world.flags(cache=str(world.root / "nowhere"))))
     assert ended.returncode != 0 and ended.stderr.count("nowhere") == 1

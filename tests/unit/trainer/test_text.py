@@ -204,7 +204,10 @@ def test_each_of_several_caches_keeps_what_was_embedded_for_it_apart(
         return [text.gather(np.arange(len(larger.captions))) for text in texts]
 
     try:
-        with pytest.raises(RecipeMismatch, match="pooling"):
+        with pytest.raises(
+            RecipeMismatch,
+            match=r"pooling is 'mean' in .*shorter and 'last' in http.* fill other caches beforehand",
+        ):
             open_both(embedder.url)  # an embedder has one recipe: it can fill one of the two
         open_text(larger, cache=shorter, on_missing="embed", server=other.url,
                   overlay=world.root / "overlay-1.safetensors")  # fmt: skip

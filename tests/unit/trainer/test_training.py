@@ -90,10 +90,15 @@ def test_a_run_stopped_in_mid_epoch_and_continued_twice_ends_bit_equal(
     expected, actual = weights(undisturbed), weights(continued)
     assert expected.keys() == actual.keys()
     assert all(torch.equal(expected[name], actual[name]) for name in expected)
-    steps = [
-        json.loads(line)["step"] for line in (world.root / "parts" / "metrics.jsonl").read_text().splitlines()
+    told = [
+        {
+            line["step"]: [line[name] for name in ("loss", "grad_norm", "lr", "accuracy", "temperature")]
+            for line in map(json.loads, (world.root / name / "metrics.jsonl").read_text().splitlines())
+        }
+        for name in ("whole", "parts")
     ]
-    assert steps == [*range(1, 11), 12]
+    assert list(told[1]) == [*range(1, 11), 12]
+    assert all(told[0][step] == values for step, values in told[1].items()), "bit-equal losses"
 
 
 def test_metrics_beyond_the_checkpoint_are_dropped_when_a_run_continues(world: World) -> None:
