@@ -14,7 +14,7 @@ endef
 
 .PHONY: help setup demo test test-fast test-tools test-service test-e2e torture torture-short lint format \
         fast-embedder fast-trainer slow-embedder slow-trainer bench-posembed bench-emoji bench-cache bench-encodings \
-        bench-efficiency bench-server bench-shapes bench-trainer study study-full clean
+        bench-efficiency bench-order bench-server bench-shapes bench-trainer study study-full clean
 
 help:  ## say what there is
 	@awk -F':.*## ' '/^[a-z0-9-]+:.*## /{printf "  make %-17s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -97,6 +97,9 @@ bench-server: setup  ## the server against vLLM's own and the engine alone; hits
 
 bench-efficiency: setup  ## what a fixed text encoder saves in FLOPs, memory and time (a quarter of an hour)
 	$(T)/python bench/efficiency.py --out runs/bench-efficiency.json
+
+bench-order: setup  ## shuffling by blocks against a full permutation (ten seconds)
+	$(T)/python bench/order.py --out runs/bench-order.json
 
 study: setup  ## a fixed text encoder beside joint training, in small: a preview of study-full (half an hour)
 	$(T)/lift-data paraphrases runs/study/reported

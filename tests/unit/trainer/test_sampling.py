@@ -111,6 +111,24 @@ def test_a_buffer_holds_whole_blocks_and_reading_ahead_comes_before_use() -> Non
     assert not late and len(read) > n - shuffle.window - 60
 
 
+@pytest.mark.parametrize("shuffle", [Shuffle(16, 256), Shuffle(64, 16), FULL])
+def test_a_batch_of_blocks_is_as_mixed_as_blocks_and_buffer_say(shuffle: Shuffle) -> None:
+    """Other samples of a batch from a sample's own shard, against a full permutation: what bench/order.py measures."""
+    n, size, shard = 40_960, 512, 512
+    sampler = Sampler(0, n, size, shuffle)
+    counts = np.stack(
+        [np.bincount(sampler.batch(s) // shard, minlength=n // shard) for s in range(sampler.steps_per_epoch)]
+    )
+    partners = (counts * (counts - 1)).sum() / counts.sum()
+    of_the_shard = shard - 1
+    if shuffle != FULL:  # its own block for certain, the others as often as they share the buffer
+        blocks = n // shuffle.block
+        share = min((n / round(blocks / shuffle.buffer) / shuffle.block - 1) / (blocks - 1), 1)
+        of_the_shard = shuffle.block - 1 + (shard - shuffle.block) * share
+        n = n // round(blocks / shuffle.buffer)
+    assert partners == pytest.approx(of_the_shard * (size - 1) / (n - 1), rel=0.05)
+
+
 @pytest.mark.parametrize("shuffle", [FULL, Shuffle(16, 8)])
 def test_one_two_and_four_ranks_see_the_same_global_batches(shuffle: Shuffle) -> None:
     sampler = Sampler(2, 1000, 64, shuffle)
