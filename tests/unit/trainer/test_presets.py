@@ -95,6 +95,35 @@ def test_a_preset_opens_with_its_command_its_paper_and_its_deviations(name: str)
     assert config.batch_size >= 16_384
 
 
+def test_the_presets_are_the_published_methods() -> None:
+    """What is trained, from what, by which loss: what makes one method another."""
+    frozen, image = {"start": "frozen"}, {"tower": "vit_base_patch16_clip_224", "image_size": 224}
+    cached = {"text_tower": "cached", "text_head": "none", "text_transform": "none", "text_negatives": 0}
+    lift = image | cached | {"start": "scratch", "pooling": "mean", "head": "mlp", "init": "open_clip",
+        "pos_embed": "learned:width^-0.5", "loss": "infonce", "mask": "none", "scale": None, "learn_scale": True,
+        "optimizer": "adamw", "spared": "1d", "precision": "bf16"}  # fmt: skip
+    sharelock = frozen | {"head": "none", "text_head": "sharelock", "loss": "infonce", "optimizer": "adam"}
+    sail = frozen | {
+        "pooling": "class+mean",
+        "head": "gated",
+        "text_head": "gated",
+        "captions": "all",
+        "loss": "siglip",
+    }
+    for name, method in {
+        "lift": lift,
+        "lift-cosine": lift | {"loss": "cosine"},
+        "recommended": lift | {"text_transform": "center", "mask": "caption+image", "init": "timm", "spared": None,
+                               "pos_embed": "learned:0.5"},
+        "clip": lift | {"text_tower": "clip", "pooling": "class", "head": "linear"},
+        "lit": frozen | {"text_tower": "clip", "head": "none", "loss": "infonce", "learn_scale": True},
+        "sharelock": sharelock | {"keep_features": True},
+        "sail": sail | {"keep_features": True, "learn_scale": True},
+    }.items():  # fmt: skip
+        config = TrainConfig.model_validate({"data": ["x.tar"], "cache": "cache"} | settings(name))
+        assert {field: getattr(config, field) for field in method} == method, name
+
+
 def test_the_presets_hold_the_published_numbers() -> None:
     lift, sharelock, sail = (settings(name) for name in ("lift", "sharelock", "sail"))
     assert (lift["lr"], lift["weight_decay"], lift["betas"], lift["eps"]) == (1e-3, 0.2, [0.9, 0.98], 1e-6)
@@ -254,6 +283,24 @@ def test_gradient_checkpointing_changes_nothing(world: World) -> None:
     whole = train(prepare(world.config("whole", **plain)))
     less = train(prepare(world.config("less", **plain, gradient_checkpointing=True)))
     assert all(torch.equal(value, weights(less)[name]) for name, value in weights(whole).items())
+
+
+def test_compiled_towers_take_the_same_steps_and_checkpoints_know_nothing_of_it(
+    world: World, published: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the graphs that torch.compile takes, run as they are: to generate code would take minutes."""
+    pytest.importorskip("open_clip")
+    compiled, compile = [], torch.nn.Module.compile
+    monkeypatch.setattr(
+        torch.nn.Module, "compile", lambda self: compiled.append(self) or compile(self, backend="eager")
+    )
+    short = {"steps": 3, "precision": "fp32"}
+    plain = train(prepare(in_small(world, "clip", published, "plain", **short)))
+    graphs = train(prepare(in_small(world, "clip", published, "graphs", **short, compile=True)))
+    assert len(compiled) == 2, "the image tower and the text tower"
+    expected, found = weights(plain), weights(graphs)
+    assert expected.keys() == found.keys()
+    assert all(torch.allclose(expected[key], found[key], atol=1e-6) for key in expected)
 
 
 def test_the_schedule_of_a_preset_ends_at_zero() -> None:
