@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, NoReturn
 
 import timm
 import torch
@@ -126,26 +126,37 @@ def _train(job: Job) -> Outcome:
     backward = backward_of(config, model)
     watched = _Watched.open(job) if config.eval_data and rank() == 0 else None
 
-    step, checkpoint = job.start, job.checkpoint
+    step = saved = job.start
+    checkpoint = job.checkpoint
 
-    def save() -> Checkpoint | None:
-        """The state after `step`; None on all ranks but the first. Collective."""
+    def save() -> None:
+        """The state after `step`; rank 0 writes. Collective."""
+        nonlocal checkpoint, saved
         bad = joined(job.rejects.named)
-        if rank() != 0:
-            return None
-        state = _state(job, step, bad)
-        best = watched.best.path if watched else None
-        return save_checkpoint(
-            config.run, state, model, optimizer, job.transforms, config.keep, before=checkpoint, best=best
-        )
+        if rank() == 0:
+            best = watched.best.path if watched else None
+            checkpoint = save_checkpoint(
+                config.run,
+                _state(job, step, bad),
+                model,
+                optimizer,
+                job.transforms,
+                config.keep,
+                before=checkpoint,
+                best=best,
+            )
+        saved = step
 
-    def rescue() -> str:
-        """Save what was done since the last checkpoint, before an error ends the run; what to say about it."""
-        nonlocal checkpoint
-        # Among several ranks the others are in the middle of a step, and nothing can be agreed on.
-        if world_size() == 1 and step > (checkpoint.state.step if checkpoint else 0):
-            checkpoint = save()
-        return _saved_as(checkpoint)
+    def end(error: LiftError | None) -> NoReturn:
+        """By what some rank has met, and says; what was done is saved first. Collective."""
+        if step > saved:
+            save()
+        agreed(True)  # that it is saved: the first rank that ends takes the others with it
+        if error is None:
+            sys.exit(2)
+        where = f"saved as {checkpoint_path(config.run, saved)}" if saved else "nothing was saved yet"
+        error.args = (f"{error}; {where}",)
+        raise error from None
 
     with (
         Metrics(
@@ -160,16 +171,19 @@ def _train(job: Job) -> Outcome:
         _Stop() as stop,
     ):
         while True:
+            failure: LiftError | None = None
             with metrics.waiting():
                 try:
                     batch = next(arriving)
                     job.left_out(batch.bad)
                 except LiftError as error:
-                    raise _saying(error, rescue()) from None
+                    failure = error
                 except (RuntimeError, OSError, EOFError) as error:
                     if not workers or "in DataLoader worker process" in str(error):
                         raise
-                    raise _worker_died(step, rescue(), error) from None
+                    failure = _worker_died(step, error)
+            if agreed(failure is not None):
+                end(failure)
 
             torch.manual_seed(_dropout_seed(config.seed, step))
             lr = schedule.lr(step)
@@ -202,20 +216,18 @@ def _train(job: Job) -> Outcome:
                     positive=seen.positive.item(),
                     negative=seen.negative.item(),
                 )
-            improved, failure, failed = False, None, False
+            improved = False
             if config.eval_data and (step % (config.eval_every or EVAL_EVERY) == 0 or step == schedule.total):
                 with metrics.aside():
                     try:
                         improved = watched is not None and watched.score(step, model, metrics)
                     except LiftError as error:
                         failure = error
-                    improved, failed = agreed(improved), agreed(failure is not None)
-            if improved or failed or last or step % config.checkpoint_every == 0:
-                checkpoint = save()
-                if agreed(failed):  # once more: the first rank that ends takes the others with it
-                    if failure is None:
-                        sys.exit(2)
-                    raise _saying(failure, _saved_as(checkpoint)) from None
+                    improved = agreed(improved)
+                if agreed(failure is not None):
+                    end(failure)
+            if improved or last or step % config.checkpoint_every == 0:
+                save()
                 if last:
                     return Outcome(step, schedule.total, checkpoint_path(config.run, step), stop.signal)
 
@@ -314,21 +326,11 @@ def _require_finite(loss: float, grad_norm: float, step: int, checkpoint: Checkp
     raise LiftError(f"{what} at step {step}; {before}; try a lower --lr or a longer --warmup")
 
 
-def _saved_as(checkpoint: Checkpoint | None) -> str:
-    return f"saved as {checkpoint.path}" if checkpoint else "nothing was saved yet"
-
-
-def _saying(error: LiftError, more: str) -> LiftError:
-    """The error, with more in its line."""
-    error.args = (f"{error}; {more}",)
-    return error
-
-
-def _worker_died(step: int, saved: str, error: Exception) -> LiftError:
+def _worker_died(step: int, error: Exception) -> LiftError:
     how = f"{error}; " if isinstance(error, WorkerDied) else ""
     return LiftError(
-        f"a process that reads images died after step {step} ({how}short of memory?); {saved}; "
-        "run the same command again, with fewer --workers if it was short of memory"
+        f"a process that reads images died after step {step} ({how}short of memory?); run the same command again, with "
+        "fewer --workers if it was short of memory"
     )
 
 

@@ -110,6 +110,16 @@ def test_what_ends_several_ranks_in_mid_run_is_said_once_and_costs_no_step(world
     assert len(said) == 1 and "hurt.tar:0002" in said[0] and "saved as" in said[0], ended.stderr
     found = find_checkpoint(world.root / "run")
     assert found is not None and found.state.step == 2
+    samples = [(f"{i:04d}", b"" if i == 2 else png(i), {"caption": f"drawing number {i}"}) for i in range(28)]
+    hurt = str(write_tar(world.root / "images.tar", samples))
+    ended = torchrun(
+        2, lift_train(world.flags("hurt", data=[hurt], max_bad=0, cache_images=0.0, batch_size=2))
+    )
+    assert ended.returncode != 0
+    said = [line for line in ended.stderr.splitlines() if line.startswith("error: ")]
+    assert len(said) == 1 and "images.tar:0002" in said[0], ended.stderr
+    found = find_checkpoint(world.root / "hurt")
+    assert found is not None and f"saved as {found.path}" in said[0]
     exploding = {"lr": 1e30, "clip": 1e30, "precision": "fp32", "checkpoint_every": 1}
     ended = torchrun(2, lift_train(world.flags("exploding", **exploding)))
     assert ended.returncode != 0
