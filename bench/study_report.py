@@ -158,7 +158,10 @@ def equal_compute(kept: Results, made: Made) -> Iterator[str]:
     fixed, joint = best(kept, "fixed"), best(kept, "joint")
     if fixed not in made or joint not in made:
         return
-    yield "\nAt equal operations: the joint arm's last score within those of the fixed arm's whole run\n"
+    yield (
+        "\nAt equal operations: the joint arm's last score within those of the fixed arm's whole run. Read before its "
+        "end, its learning rate has not come down yet, so a run planned to be that short would score better\n"
+    )
     yield _row("embedding shared by", "asked", f"{fixed}", f"{joint}, after steps", "")
     yield _row(*["---"] * 5)
     for runs in kept.study.amortised_over:

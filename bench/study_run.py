@@ -166,7 +166,7 @@ def perform(run: Run, inputs: Path, scratch: Path) -> dict[str, Any]:
     """Train and score; a run that was cut off goes on at its checkpoint.
 
     Raises:
-        BadSource: the data in `inputs` were made with other settings than study.yaml's.
+        BadSource: the data in `inputs` were made with other settings than study.yaml's, or cannot be read again.
     """
     _require_data(inputs / run.data, run.settings["data"])
     where = scratch / run.file.removesuffix(".json")
@@ -183,6 +183,9 @@ def perform(run: Run, inputs: Path, scratch: Path) -> dict[str, Any]:
         for step in range(every, config.steps + 1, every)  # type: ignore[operator]
     ]
     end = opened(where, config.steps)  # type: ignore[arg-type]
+    mean_image = end.mean_image()
+    if mean_image is None:  # it has said why; without it the blind scores would be those of the pictures
+        raise BadSource(f"{where}: no mean training image, so no blind scores")
     lines = [json.loads(line) for line in (where / "metrics.jsonl").read_text().splitlines()]
     recipe = job.origins[0].recipe if job.origins else None
     result = {
@@ -193,7 +196,7 @@ def perform(run: Run, inputs: Path, scratch: Path) -> dict[str, Any]:
         "parameters": sum(p.numel() for p in job.model.parameters()),
         "flops": counted,
         "curve": curve,
-        "blind": answered(end, quizzes, end.mean_image()),
+        "blind": answered(end, quizzes, mean_image),
         "loss": [[line["step"], line["loss"]] for line in lines],
         "cpu_seconds": round(time.process_time() - began, 1),
         "made_with": machine() | end.checkpoint.state.libraries,

@@ -153,7 +153,9 @@ def test_mistakes_are_one_clear_line(trained: World, capsys: pytest.CaptureFixtu
         ([], "no list of tasks"),
         ({"task": "retrieval"}, "no list of tasks"),
         ([{"task": "telepathy"}], "task 1: no line `task:` with one of retrieval, shapes, sugarcrepe"),
+        ([{"task": ["retrieval"]}], "task 1: no line `task:` with one of retrieval"),
         ([{"task": "retrieval"}], "task 1 (retrieval): data: Field required"),
+        ([{"task": "retrieval", "data": []}], "task 1 (retrieval): data: List should have at least 1 item"),
         ([{"task": "retrieval", "data": "a.tar", "colour": 1}], "colour: Extra inputs are not permitted"),
         (
             [{"task": "retrieval", "data": "a.tar", "protocol": "best"}],
@@ -165,6 +167,7 @@ def test_mistakes_are_one_clear_line(trained: World, capsys: pytest.CaptureFixtu
     assert "name them apart" in refusal(capsys, "suite", suite(trained, twice), "--run", run)
     assert "at least two" in refusal(capsys, "compare", run)
     assert f"{run} has no evaluation" in refusal(capsys, "compare", run, trained.root / "b")
+    assert f"{none}: No such file" in refusal(capsys, "compare", none, run)
     assert lift_eval("retrieval", "--data", trained.shard, "--run", run) == 0
     shutil.copytree(run, trained.root / "c")
     (trained.root / "c" / "eval" / "retrieval-train-karpathy.json").unlink()

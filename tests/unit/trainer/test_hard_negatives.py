@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+import tarfile
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +55,7 @@ def with_negatives(root: Path, name: str = "negatives.tar") -> Path:
     return write_tar(root / name, [*samples, ("plain", png(0), {"captions": ["drawing number 0"]})])
 
 
+@pytest.mark.slow
 def test_a_trained_tower_prefers_its_captions_and_a_tie_is_wrong(world: World) -> None:
     train(prepare(world.config(epochs=30, precision="fp32", lr=3e-3, log_every=100)))
     shard = with_negatives(world.root)
@@ -112,6 +115,26 @@ def test_both_held_out_splits_of_a_folder_are_evaluated(world: World) -> None:
 def test_shards_without_negatives_are_refused(world: World) -> None:
     with pytest.raises(BadSource, match="no sample has negatives"):
         open_shapes([str(world.shard)], "test")
+
+
+@pytest.mark.parametrize(
+    "negatives", [["a dog"], "a dog", {"swap_att": 3}, {"swap_att": " "}, {"swap_att": ["a dog"]}]
+)
+def test_negatives_of_another_shape_are_refused_by_their_place(tmp_path: Path, negatives: object) -> None:
+    shard = write_tar(tmp_path / "odd.tar", [("0", png(0), {"captions": ["a cat"], "negatives": negatives})])
+    with pytest.raises(BadSource, match=r"odd\.tar:0: its negatives are not one false caption by task"):
+        open_shapes([str(shard)], "test")
+
+
+def test_shards_with_captions_as_text_have_no_negatives(tmp_path: Path) -> None:
+    shard = tmp_path / "plain.tar"
+    with tarfile.open(shard, "w") as tar:
+        for name, content in (("0.png", png(0)), ("0.txt", b"a cat")):
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+    with pytest.raises(BadSource, match="no sample has negatives"):
+        open_shapes([str(shard)], "test")
 
 
 # ---------------------------------------------------------------------------------------------- SugarCrepe
@@ -221,6 +244,17 @@ def test_a_missing_image_is_named_and_the_scores_say_over_how_many_items_they_st
         open_sugarcrepe(data, images, "coco", max_bad=1).evaluate(known(items, generator))
 
 
+def test_a_task_of_which_no_image_is_there_is_refused_as_the_mean_would_be_of_six(tmp_path: Path) -> None:
+    generator = np.random.default_rng(1)
+    items = published(generator)
+    items["swap_obj"] = {key: item | {"filename": "gone.jpg"} for key, item in items["swap_obj"].items()}
+    encoder = known(items, generator)
+    data, images = write_sugarcrepe(tmp_path, items)
+    (images / "gone.jpg").unlink(missing_ok=True)
+    with pytest.raises(BadSource, match="no item of swap_obj is left"):
+        open_sugarcrepe(data, images, "coco").evaluate(encoder)
+
+
 def test_captions_that_are_equal_after_normalisation_are_counted_and_wrong(tmp_path: Path) -> None:
     generator = np.random.default_rng(2)
     items = published(generator)
@@ -264,6 +298,8 @@ def test_files_of_another_shape_are_one_clear_line(tmp_path: Path) -> None:
     )
     file.write_text("[]")
     assert "valid dictionary" in refusal()
+    file.write_text("{}")
+    assert refusal() == f"{file}: no item in it"
     file.write_text("{")
     assert refusal() == f"{file}: not JSON"
     file.write_text(json.dumps({"0": {"filename": "a.jpg", "caption": " ", "negative_caption": "b"}}))

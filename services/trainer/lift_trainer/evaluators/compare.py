@@ -79,7 +79,7 @@ def _refusal(first: Result, second: Result, what: str, ours: str, theirs: str) -
 
 def results_of(place: Path) -> list[Result]:
     """What is in a result file, in RUN/eval, or in a folder of results. Raises BadSource: nothing is."""
-    if place.is_file():
+    if not place.is_dir():
         return [Result.read(place)]
     folder = place / "eval" if (place / "checkpoints").is_dir() else place
     found = sorted(folder.glob("*.json"))

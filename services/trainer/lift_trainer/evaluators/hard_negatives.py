@@ -65,9 +65,11 @@ class HardNegatives:
             task: [choice for choice in choices if place[choice.image] >= 0]
             for task, choices in self.choices.items()
         }
+        if gone := [task for task, choices in chosen.items() if not choices]:
+            raise BadSource(
+                f"{self.name}: no item of {gone[0]} is left, and without it the mean over tasks would be another"
+            )
         flat = [choice for choices in chosen.values() for choice in choices]
-        if not flat:
-            raise BadSource(f"{self.name}: no item is left")
         image = np.array([choice.image for choice in flat])
         own = torch.tensor([number[choice.caption] for choice in flat], device=x_nd.device)
         other = torch.tensor([number[choice.negative] for choice in flat], device=x_nd.device)

@@ -118,7 +118,7 @@ def _folders(data: Sequence[str], rejects: Rejects) -> Index:
     classes: dict[str, int] = {}
     for root in map(Path, data):
         if not root.exists():
-            raise BadSource(f"{root}: no such folder")
+            raise BadSource(f"{root}: no such folder; shards and tables need --label-field")
         if not root.is_dir():
             raise BadConfig(
                 f"{root} is a file: name the field of its samples that holds their class by --label-field, or give "

@@ -29,11 +29,11 @@ from torch import nn
 
 from lift_cache.client import EmbeddingClient
 from lift_cache.errors import BadConfig, BadSource, LiftError
-from lift_cache.keys import normalise
 from lift_cache.reader import CacheReader
 from lift_cache.recipe import Recipe
 from lift_trainer.config import TextShape, TrainConfig
 from lift_trainer.evaluators.result import Subject
+from lift_trainer.evaluators.texts import embed_distinct
 from lift_trainer.heads import unit_vectors
 from lift_trainer.job import choose_device
 from lift_trainer.samples import captions_only
@@ -335,15 +335,9 @@ class ReleasedModel:
 
     @torch.inference_mode()
     def embed_texts(self, captions: Sequence[str]) -> torch.Tensor:
-        texts = [normalise(caption) for caption in captions]
-        number = {text: i for i, text in enumerate(dict.fromkeys(texts))}
-        distinct = [*number]
-        y_ud = (
-            self._tokens(distinct)
-            if self.model.text
-            else unit_vectors(self._stored(distinct).float().to(self.device))
+        return self._finite(
+            "text", embed_distinct(captions, self._tokens if self.model.text else self._stored)
         )
-        return self._finite("text", y_ud)[torch.tensor([number[text] for text in texts], device=self.device)]
 
     def _tokens(self, captions: Sequence[str]) -> torch.Tensor:
         text = self.model.text
@@ -353,12 +347,13 @@ class ReleasedModel:
         return torch.cat([text(some.to(self.device)) for some in ids.split(TEXTS)])
 
     def _stored(self, captions: Sequence[str]) -> torch.Tensor:
-        """Vectors of distinct, normalised captions, float [n, D], from the cache, else from the server."""
+        """Unit vectors of distinct, normalised captions, from the cache, else from the server."""
         source = self._texts
         if source.location is None or source.recipe is None:
             assert self.server is not None
             with EmbeddingClient(self.server, priority="bulk") as client:
-                return torch.from_numpy(client.embed(captions).vectors)
+                stored = client.embed(captions).vectors
+                return unit_vectors(torch.from_numpy(stored).float().to(self.device))
         (text,), _, _ = open_texts(
             captions_only(captions),
             caches=[source.location],
@@ -366,7 +361,8 @@ class ReleasedModel:
             server=self.server,
             overlay=self.directory / f"overlay-{source.recipe.fingerprint[:12]}.safetensors",
         )
-        return torch.from_numpy(np.ascontiguousarray(text.gather(np.arange(len(captions)))))
+        stored = np.ascontiguousarray(text.gather(np.arange(len(captions))))
+        return unit_vectors(torch.from_numpy(stored).float().to(self.device))
 
     @cached_property
     def _texts(self) -> _Texts:

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, FiniteFloat, ValidationError
 
 from lift_cache.errors import BadSource
 from lift_cache.files import write_atomic
@@ -40,7 +40,7 @@ class Subject(_Frozen):
 
 
 class Score(_Frozen):
-    value: float
+    value: FiniteFloat
     items: int
     chance: float | None = None
     low: float | None = None

@@ -31,7 +31,7 @@ def open_sugarcrepe(folder: Path, images: Path, name: str, *, max_bad: int = 100
         images: folder of COCO val2017.
 
     Raises:
-        BadSource: a file is missing or of another shape, there is no folder of images, an empty caption.
+        BadSource: a file is missing, empty or of another shape, there is no folder of images, an empty caption.
     """
     if not images.is_dir():
         raise BadSource(f"{images}: no such folder; --images names the folder of COCO val2017")
@@ -45,6 +45,8 @@ def open_sugarcrepe(folder: Path, images: Path, name: str, *, max_bad: int = 100
             path,
             "a task of SugarCrepe (filename, caption, negative_caption)",
         )
+        if not items:
+            raise BadSource(f"{path}: no item in it")
         choices[task] = [_choice(path, key, item, number) for key, item in items.items()]
     return HardNegatives("sugarcrepe", name, ImageFiles(images, [*number]), choices, max_bad=max_bad)
 

@@ -75,8 +75,9 @@ class RetrievalTask(Task):
     task: ClassVar[str] = "retrieval"
 
     data: Annotated[list[str], _several()] = Field(
+        min_length=1,
         description="Shards or tables, as for lift-train; or COCO's `captions_*.json`, Karpathy's `dataset_*.json`, "
-        "Flickr30k's CSV (of both the test split)."
+        "Flickr30k's CSV (of both the test split).",
     )
     protocol: Annotated[Literal["karpathy", "lift", "any-caption"], _field()] = Field(
         "karpathy", description="Which captions there are, and which are right."
@@ -118,7 +119,8 @@ class ShapesTask(Task):
     task: ClassVar[str] = "shapes"
 
     data: Annotated[list[str], _several()] = Field(
-        description="Folder that lift-data shapes wrote (both held-out splits), or shards whose JSON has negatives."
+        min_length=1,
+        description="Folder that lift-data shapes wrote (both held-out splits), or shards whose JSON has negatives.",
     )
 
     def open(self) -> list[Evaluator]:
@@ -198,7 +200,8 @@ class ZeroShotTask(LabelledTask):
     task: ClassVar[str] = "zeroshot"
 
     data: Annotated[list[str], _several()] = Field(
-        description="Folder with a folder of images per class; with --label-field, shards or tables."
+        min_length=1,
+        description="Folder with a folder of images per class; with --label-field, shards or tables.",
     )
     prompts: Annotated[str, _field()] = Field(
         "openai80", description="openai80, lift1, or a file of templates."
@@ -237,10 +240,11 @@ class ProbeTask(LabelledTask):
     task: ClassVar[str] = "probe"
 
     train: Annotated[list[str], _several()] = Field(
-        description="Labelled training images, of the kind of --data."
+        min_length=1, description="Labelled training images, of the kind of --data."
     )
     data: Annotated[list[str], _several()] = Field(
-        description="Labelled test images: folder with a folder per class; with --label-field, shards or tables."
+        min_length=1,
+        description="Labelled test images: folder with a folder per class; with --label-field, shards or tables.",
     )
     k: Annotated[int, _field()] = Field(20, ge=1, description="Neighbours that vote.")
 
@@ -298,7 +302,7 @@ def open_tasks(tasks: Sequence[Task]) -> list[Evaluator]:
 
 
 def _task(where: str, fields: object) -> Task:
-    if not isinstance(fields, dict) or fields.get("task") not in TASKS:
+    if not isinstance(fields, dict) or str(fields.get("task")) not in TASKS:
         raise BadConfig(f"{where}: no line `task:` with one of {', '.join(TASKS)}")
     kind = TASKS[fields["task"]]
     settings = {str(name).replace("-", "_"): value for name, value in fields.items() if name != "task"}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -24,6 +24,14 @@ TEXTS = 1024
 """At a time."""
 
 
+def embed_distinct(captions: Sequence[str], embed: Callable[[Sequence[str]], torch.Tensor]) -> torch.Tensor:
+    """Vectors of captions, [n, D], from those of the distinct, normalised ones. Raises BadCaption: one is empty."""
+    texts = [normalise(caption) for caption in captions]
+    number = {text: i for i, text in enumerate(dict.fromkeys(texts))}
+    y_ud = embed([*number])
+    return y_ud[torch.tensor([number[text] for text in texts], device=y_ud.device)]
+
+
 @dataclass(frozen=True)
 class RunTexts:
     """Of several caches a run is evaluated with the texts of the first."""
@@ -43,10 +51,7 @@ class RunTexts:
 
     def embed(self, captions: Sequence[str]) -> torch.Tensor:
         """Captions → unit vectors, float32 [n, D]. Raises as `Encoder.embed_texts`, but vectors may not be finite."""
-        texts = [normalise(caption) for caption in captions]
-        number = {text: i for i, text in enumerate(dict.fromkeys(texts))}
-        y_ud = self.encode(self._open([*number]), np.arange(len(number)))
-        return y_ud[torch.tensor([number[text] for text in texts], device=self.device)]
+        return embed_distinct(captions, lambda texts: self.encode(self._open(texts), np.arange(len(texts))))
 
     def encode(self, text: TextVectors, captions: np.ndarray) -> torch.Tensor:
         """Caption numbers int64 [n] → unit vectors, float32 [n, D]."""
@@ -54,8 +59,13 @@ class RunTexts:
         for start in range(0, len(captions), TEXTS):
             some = captions[start : start + TEXTS]
             stored = torch.from_numpy(np.ascontiguousarray(text.gather(some))).to(self.device)
-            encoded.append(self.tower(self.transform(stored) if self.transform else stored))
+            encoded.append(self.project(stored))
         return torch.cat(encoded)
+
+    def project(self, stored_nd: torch.Tensor) -> torch.Tensor:
+        """What a cache stores, or tokens → unit vectors, float32 [n, D]."""
+        unit_nd: torch.Tensor = self.tower(self.transform(stored_nd) if self.transform else stored_nd)
+        return unit_nd
 
     @property
     def control(self) -> Control:

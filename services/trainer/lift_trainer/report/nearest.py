@@ -88,8 +88,7 @@ class Side:
                     "its cache has no such caption; name a running embedder by --server to ask for any"
                 ) from None
         stored = torch.from_numpy(self._client.embed([caption]).vectors).to(self._trained.device)
-        transform, head = self._trained.transform, self._trained.model.texts[0]
-        return head(transform(stored) if transform else stored)[0]
+        return self._trained.texts.project(stored)[0]
 
 
 def _client_of(trained: TrainedRun, clients: Sequence[EmbeddingClient]) -> EmbeddingClient | None:
