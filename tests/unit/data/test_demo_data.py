@@ -38,6 +38,7 @@ def drawn(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_emoji_come_out_byte_for_byte_the_same(drawn: Path, tmp_path: Path) -> None:
     emoji.build(DatasetWriter(tmp_path), size=32, seed=0, limit=1800)
     assert files_of(tmp_path) == files_of(drawn)
