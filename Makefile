@@ -45,7 +45,7 @@ slow-embedder:
 	$(E)/pytest -q -m slow --durations=5 tests/unit/cache tests/unit/embedder
 
 slow-trainer:
-	$(T)/pytest -q -m slow --durations=5 tests/unit/trainer tests/unit/report
+	$(T)/pytest -q -m slow --durations=5 tests/unit/trainer tests/unit/data tests/unit/report
 
 test-service: setup  ## the real vLLM engine, a real server and browser, kill -9, full disks, overload
 	$(E)/pytest -q --durations=8 --ignore=tests/crash/test_training_killed.py tests/crash tests/service

@@ -44,12 +44,14 @@ def test_emoji_come_out_byte_for_byte_the_same(drawn: Path, tmp_path: Path) -> N
     assert files_of(tmp_path) == files_of(drawn)
 
 
+@pytest.mark.slow
 def test_the_emoji_gallery_has_191_captions_none_of_them_in_training(drawn: Path) -> None:
     test, train = captions_in(drawn, "test"), set(captions_in(drawn, "train"))
     assert len(test) == len(set(test)) == 191
     assert not set(test) & train
 
 
+@pytest.mark.slow
 def test_no_variant_of_a_held_out_emoji_is_trained_on(drawn: Path) -> None:
     def emojis(split: str) -> list[emoji.Emoji]:
         keys = [sample.key for shard in sorted(drawn.glob(f"{split}-*.tar")) for sample in scan_tar(shard)]
@@ -62,6 +64,7 @@ def test_no_variant_of_a_held_out_emoji_is_trained_on(drawn: Path) -> None:
     assert json.loads((drawn / "dataset.json").read_text())["left_out"]["variants of held-out emoji"] > 0
 
 
+@pytest.mark.slow
 def test_no_held_out_drawing_looks_like_one_in_training(drawn: Path) -> None:
     def hashes(split: str) -> list[np.ndarray]:
         found = []
