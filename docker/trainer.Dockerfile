@@ -4,7 +4,7 @@
 #
 # PYTHON_IMAGE   base image with Python 3.11
 # EXTRAS         of lift-trainer: data (the demo's drawings), joint (CLIP's text transformer)
-# VERSION, REVISION   for the labels
+# VERSION, REVISION   for the labels; VERSION has to be that of the source
 # A folder of wheels can be handed in as the build context `wheels`.
 ARG PYTHON_IMAGE=python:3.11-slim
 
@@ -25,7 +25,10 @@ RUN --mount=type=bind,from=wheels,target=/wheels \
     python docker/install.py services/trainer "$EXTRAS" -c versions.txt --find-links /wheels
 COPY shared shared
 COPY services/trainer services/trainer
-RUN pip install --no-deps --no-build-isolation ./shared ./services/trainer && pip uninstall -q -y pip
+ARG VERSION=0.1.0
+RUN pip install --no-deps --no-build-isolation ./shared ./services/trainer \
+    && { [ "$(lift-train --version)" = "$VERSION" ] || { echo "error: VERSION=$VERSION is not that of the source" >&2; exit 1; }; } \
+    && pip uninstall -q -y pip
 
 FROM ${PYTHON_IMAGE}
 ARG VERSION=0.1.0
@@ -42,6 +45,6 @@ COPY --from=build /opt/lift /opt/lift
 COPY scripts/demo.yaml /opt/lift/demo.yaml
 ENV PATH=/opt/lift/bin:$PATH PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 \
     LIFT_INDEX_DIR=/runs/.index LIFT_SHARD_CACHE=/runs/.shards HF_HOME=/runs/.hub TORCHINDUCTOR_CACHE_DIR=/tmp/inductor
-USER trainer
+USER 10002:10002
 WORKDIR /runs
 CMD ["lift-train", "--help"]
