@@ -42,7 +42,7 @@ test-tools: setup  ## the slow ones, and what lift-cache does with real caches: 
 	$(E)/pytest -q --durations=5 tests/tools tests/torture/test_disk.py
 
 slow-embedder:
-	$(E)/pytest -q -m slow --durations=5 tests/unit/cache tests/unit/embedder
+	$(E)/pytest -q -m slow --durations=5 tests/unit/project tests/unit/cache tests/unit/embedder
 
 slow-trainer:
 	$(T)/pytest -q -m slow --durations=5 tests/unit/trainer tests/unit/data tests/unit/report

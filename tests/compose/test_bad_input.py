@@ -16,8 +16,8 @@ from tests.compose.stack import DOCKER, SMALL, Stack, docker, pack
 
 pytestmark = pytest.mark.usefixtures("engine")
 
-NO_DRAWING = {"LIFT_SOURCES": "/data/none.txt", "LIFT_RESTART": "on-failure:1"}
-"""Own data, so that `data` draws nothing, and one restart instead of five."""
+NO_DRAWING = {"LIFT_SOURCES": "/data/none.txt", "LIFT_RESTART": "no"}
+"""Own data, so that `data` draws nothing, and no try but the first."""
 
 
 def refused(project: Stack, service: str, *, by: str = "fill") -> str:
@@ -58,8 +58,11 @@ def test_a_port_that_is_taken(stack: Callable[..., Stack]) -> None:
 
 
 def test_a_wrong_model_name(stack: Callable[..., Stack]) -> None:
-    line = refused(stack("model", LIFT_MODEL="minilmm", **NO_DRAWING), "embedder")
+    """With restarts, which come to an end."""
+    project = stack("model", LIFT_MODEL="minilmm", **NO_DRAWING | {"LIFT_RESTART": "on-failure:1"})
+    line = refused(project, "embedder")
     assert "minilmm" in line and "error: " in line
+    assert project.inspect("embedder")["RestartCount"] == 1
 
 
 def test_a_cache_that_cannot_be_written(stack: Callable[..., Stack]) -> None:

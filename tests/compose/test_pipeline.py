@@ -95,7 +95,7 @@ def pipeline(stack: Callable[..., Stack], tmp_path_factory: pytest.TempPathFacto
             now = stats()
             rows["server"] = int(now["cache"]["rows"])
             project.compose("exec", "-T", "embedder", "python", "-c", KILL, "lift-embed", check=False)
-        assert up.wait(300) == 0, log.read_text()
+        assert up.wait(300) == 0, f"{log.read_text()}\n{project.compose('logs', '--tail', '30').stdout}"
     finally:
         up.terminate()
         up.wait()
@@ -269,7 +269,7 @@ def test_up_again_embeds_nothing_and_trains_nothing(pipeline: Pipeline, tmp_path
 def test_snapshots_reach_a_second_host_through_a_store(
     pipeline: Pipeline, stack: Callable[..., Stack], tmp_path: Path
 ) -> None:
-    """A directory in the place of the bucket."""
+    """A directory in the place of the bucket, and a folder of the second host with the shards."""
     store = tmp_path / "store"
     store.mkdir()
     store.chmod(0o777)
@@ -279,7 +279,13 @@ def test_snapshots_reach_a_second_host_through_a_store(
     )
     here = pipeline.stack.with_files(DOCKER / "compose.two-hosts.yaml", mounted, LIFT_STORE="/store/demo")
     here.compose("run", "--rm", "--no-deps", "push")
-    there = stack("there", SMALL, DOCKER / "compose.two-hosts.yaml", mounted, LIFT_STORE="/store/demo")
+    own = {"LIFT_DATA_DIR": str(pipeline.stack.copy_out("data", "/data/emoji", tmp_path / "data"))}
+    own |= {
+        "LIFT_SOURCES": "/data/*.tar",
+        "LIFT_TRAIN_DATA": "/data/train-*.tar",
+        "LIFT_TEST_DATA": "/data/test-*.tar",
+    }
+    there = stack("there", SMALL, DOCKER / "compose.two-hosts.yaml", mounted, LIFT_STORE="/store/demo", **own)
     there.compose("up", "-d", "--no-build", "report")
     assert there.wait_for("report") == 0
     assert not there.compose("ps", "-aq", "embedder").stdout
