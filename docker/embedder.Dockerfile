@@ -11,7 +11,8 @@ ARG PYTHON_IMAGE=python:3.11-slim
 FROM scratch AS wheels
 
 FROM ${PYTHON_IMAGE} AS base
-ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_COMPILE=1 PYTHONDONTWRITEBYTECODE=1
+# Bytecode is made here, once: under a read-only root it would be made again at every start.
+ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1
 RUN python3 -m venv /opt/lift
 ENV PATH=/opt/lift/bin:$PATH
 WORKDIR /src

@@ -54,15 +54,15 @@ def main() -> int:
     try:
         with contextlib.ExitStack() as stack:
             try:
-                environment, files = stack.enter_context(engine(options.lab))
+                environment = stack.enter_context(engine(options.lab))
             except Skipped as reason:
                 not_checked.append(f"{ENGINE} ({reason})")
-                environment, files = dict(os.environ), []
-            run([*PYTEST, "tests/compose/test_config.py"], environment, end)
-            if files:
+                run([*PYTEST, "tests/compose/test_config.py"], dict(os.environ), end)
+            else:
                 stack.callback(remove_projects, environment)
                 not_checked.append(NEVER_HERE)
-                build(environment, files, end)
+                run([*PYTEST, "tests/compose/test_config.py"], environment, end)
+                build(environment, end)
                 run([*PYTEST, "-x", "tests/compose/test_pipeline.py"], environment, end)
                 run([*PYTEST, "tests/compose/test_bad_input.py"], environment, end)
     except Failed as failure:
@@ -80,14 +80,14 @@ def say(line: str) -> None:
 
 
 @contextlib.contextmanager
-def engine(lab: Path) -> Iterator[tuple[Environment, list[str]]]:
-    """An engine that answers, or one of a lab's own; as environment and compose files to build with.
+def engine(lab: Path) -> Iterator[Environment]:
+    """An engine that answers, or one of a lab's own; as the environment in which images can be built.
 
     Raises:
         Skipped: there is none.
     """
     if answers(os.environ):
-        yield {**os.environ}, ["docker-compose.yml"]
+        yield dict(os.environ)
         return
     if not (lab / "start.sh").exists():
         raise Skipped(f"no container engine answers, and there is no lab at {lab}")
@@ -111,10 +111,11 @@ def engine(lab: Path) -> Iterator[tuple[Environment, list[str]]]:
                 text=True,
                 check=False,
             ).stdout.strip()
-            environment |= {"PYTHON_IMAGE": "python:3.11-slim-ca"}
+            environment["PYTHON_IMAGE"] = "python:3.11-slim-ca"
+            environment["COMPOSE_FILE"] = "docker-compose.yml:docker/compose.ci.yaml"
             if wheels and Path(wheels).is_dir():
                 environment["LIFT_WHEELS"] = wheels
-            yield environment, ["docker-compose.yml", "docker/compose.ci.yaml"]
+            yield environment
         finally:
             subprocess.run(
                 [lab / "stop.sh", "--purge"], env=environment, check=False, stdout=subprocess.DEVNULL
@@ -135,17 +136,20 @@ def sourced(script: Path, environment: Environment) -> Environment:
     return dict(line.split("=", 1) for line in said.split("\0") if "=" in line)
 
 
-def build(environment: Environment, files: list[str], end: float) -> None:
+def build(environment: Environment, end: float) -> None:
     """Both images at the same time: one waits for the network where the other unpacks. Raises Failed."""
     started = time.monotonic()
-    compose = ["docker", "compose", *(word for name in files for word in ("-f", name))]
     with tempfile.TemporaryDirectory() as folder:
         logs = {service: Path(folder) / service for service in ("embedder", "trainer")}
         builds = {}
         for service, log in logs.items():
             with log.open("w") as file:
                 builds[service] = subprocess.Popen(
-                    [*compose, "build", service], stdout=file, stderr=file, cwd=ROOT, env=environment
+                    ["docker", "compose", "build", service],
+                    stdout=file,
+                    stderr=file,
+                    cwd=ROOT,
+                    env=environment,
                 )
         try:
             for service, building in builds.items():

@@ -16,7 +16,9 @@ from typing import IO, Any
 import httpx
 
 ROOT = Path(__file__).parents[2]
-MAIN = ROOT / "docker-compose.yml"
+FILES = os.environ.get("COMPOSE_FILE", "docker-compose.yml")
+"""What images are built with; `scripts/compose_check.py` sets it."""
+
 DOCKER = ROOT / "docker"
 SMALL = Path(__file__).with_name("small.yaml")
 PROJECT = os.environ.get("LIFT_CHECK_PROJECT", "lift-check")
@@ -69,27 +71,24 @@ class Stack:
     def __init__(self, name: str, *overlays: Path, **environment: str) -> None:
         self.name = f"{PROJECT}-{name}"
         self.port = int(environment.setdefault("LIFT_PORT", str(free_port())))
-        self._overlays = overlays
-        # What the machine has set for itself must not reach the services.
-        inherited = {k: v for k, v in os.environ.items() if not k.startswith("LIFT_")}
-        self.environment = inherited | environment
+        # What the machine has set for itself must not reach the services, but for what building needs.
+        inherited = {k: v for k, v in os.environ.items() if not k.startswith("LIFT_") or k == "LIFT_WHEELS"}
+        files = [*(ROOT / name for name in FILES.split(":")), *overlays]
+        joined = {"COMPOSE_PROJECT_NAME": self.name, "COMPOSE_FILE": ":".join(map(str, files))}
+        self.environment = inherited | joined | environment
 
     def with_files(self, *overlays: Path, **environment: str) -> Stack:
         """The same project, seen through further files."""
         other = copy.copy(self)
-        other._overlays = (*self._overlays, *overlays)
-        other.environment = self.environment | environment
+        files = ":".join([self.environment["COMPOSE_FILE"], *map(str, overlays)])
+        other.environment = self.environment | {"COMPOSE_FILE": files} | environment
         return other
-
-    def command(self, *words: object) -> list[str]:
-        files = [word for path in (MAIN, *self._overlays) for word in ("-f", str(path))]
-        return ["docker", "compose", "-p", self.name, *files, *map(str, words)]
 
     def compose(
         self, *words: object, check: bool = True, stdin: IO[bytes] | None = None, **environment: str
     ) -> subprocess.CompletedProcess[str]:
         done = subprocess.run(
-            self.command(*words),
+            ["docker", "compose", *map(str, words)],
             capture_output=True,
             text=True,
             timeout=400,
@@ -104,12 +103,13 @@ class Stack:
             )
         return done
 
-    def start(self, *words: object, log: Path) -> subprocess.Popen[bytes]:
-        """A compose command in the background."""
-        with log.open("w") as file:
-            return subprocess.Popen(
-                self.command(*words), stdout=file, stderr=file, cwd=ROOT, env=self.environment
-            )
+    def start(
+        self, script: str, *, folder: Path, output: IO[bytes], errors: int = subprocess.STDOUT
+    ) -> subprocess.Popen[bytes]:
+        """Commands for a shell, in the background."""
+        return subprocess.Popen(
+            ["bash", "-ec", script], cwd=folder, env=self.environment, stdout=output, stderr=errors
+        )
 
     def inspect(self, service: str) -> dict[str, Any]:
         """What the engine says of a service's container."""
@@ -132,7 +132,8 @@ class Stack:
 
     def said(self, service: str) -> list[str]:
         """Lines that a service wrote."""
-        return self.compose("logs", "--no-log-prefix", service).stdout.splitlines()
+        # Compose itself puts an escape sequence before some of them.
+        return self.compose("logs", "--no-log-prefix", service).stdout.replace("\x1b[2K", "").splitlines()
 
     def copy_out(self, service: str, path: str, to: Path) -> Path:
         self.compose("cp", f"{service}:{path}", to)

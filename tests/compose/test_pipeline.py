@@ -7,6 +7,7 @@ trained from, up again, down.
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 import tarfile
@@ -21,7 +22,7 @@ import numpy as np
 import pytest
 
 from lift_cache.reader import CacheReader
-from tests.compose.stack import DOCKER, MAIN, SMALL, Stack, docker, free_port, pack, until
+from tests.compose.stack import DOCKER, ROOT, SMALL, Stack, docker, free_port, pack, until
 
 pytestmark = pytest.mark.usefixtures("engine")
 
@@ -55,6 +56,7 @@ class Pipeline:
     """A project that was brought up, and what happened meanwhile."""
 
     stack: Stack
+    folder: Path
     rows: dict[str, int]
     engine_restarts: int
 
@@ -68,15 +70,25 @@ class Pipeline:
         return self.stack.copy_out("embedder", "/cache/demo", folder / "demo")
 
 
+def from_the_readme() -> str:
+    """Its commands for containers."""
+    found = re.findall(
+        r"^```bash\n(docker compose up.*?)^```$", (ROOT / "README.md").read_text(), re.M | re.S
+    )
+    assert len(found) == 1
+    return str(found[0])
+
+
 @pytest.fixture(scope="module")
 def pipeline(stack: Callable[..., Stack], tmp_path_factory: pytest.TempPathFactory) -> Pipeline:
-    """`up` with nothing there; the engine's process is killed during the fill, and later the server."""
+    """The README's commands, with nothing there; the engine's process is killed during the fill, later the server."""
     project = stack("demo", SMALL, LIFT_BATCH_TOKENS="1024", LIFT_PAGES_PORT=str(free_port()))
-    log = tmp_path_factory.mktemp("up") / "up.log"
-    up = project.start("up", "-d", "--no-build", log=log)
+    folder = tmp_path_factory.mktemp("up")
+    with (folder / "up.log").open("wb") as log:
+        up = project.start(from_the_readme(), folder=folder, output=log)
     try:
-        until(lambda: up.poll() is not None or project.running("fill"), "fill starts")
-        assert project.running("fill"), log.read_text()
+        until(lambda: up.poll() is not None or project.running("fill"), "fill starts", 600)
+        assert up.poll() is None, (folder / "up.log").read_text()
         rows = {}
         with project.client(project.key("read")) as client:
 
@@ -95,22 +107,24 @@ def pipeline(stack: Callable[..., Stack], tmp_path_factory: pytest.TempPathFacto
             now = stats()
             rows["server"] = int(now["cache"]["rows"])
             project.compose("exec", "-T", "embedder", "python", "-c", KILL, "lift-embed", check=False)
-        assert up.wait(300) == 0, f"{log.read_text()}\n{project.compose('logs', '--tail', '30').stdout}"
+        code = up.wait(600)
+        assert code == 0, (
+            f"{(folder / 'up.log').read_text()}\n{project.compose('logs', '--tail', '30').stdout}"
+        )
     finally:
         up.terminate()
         up.wait()
-    project.wait_for("report")
-    return Pipeline(project, rows, int(now["engine"]["restarts"]))
+    return Pipeline(project, folder, rows, int(now["engine"]["restarts"]))
 
 
 def test_up_ends_with_a_trained_checkpoint_and_a_report(pipeline: Pipeline, tmp_path: Path) -> None:
     codes = {name: pipeline.stack.exit_code(name) for name in ("keys", "data", "fill", "trainer", "report")}
     assert set(codes.values()) == {0}, codes
     assert pipeline.stack.inspect("embedder")["State"]["Health"]["Status"] == "healthy"
+    assert len((pipeline.folder / "report.html").read_text()) > 50_000
     run = pipeline.stack.copy_out("report", "/runs/demo", tmp_path / "run")
-    assert len((run / "report.html").read_text()) > 50_000
     assert list((run / "checkpoints").glob("step-*/model.safetensors"))
-    assert json.loads(next((run / "eval").glob("retrieval-*.json")).read_text())["items"] == 191
+    assert list((run / "eval").glob("retrieval-*.json"))
 
 
 def test_engine_and_server_killed_during_the_fill_cost_no_caption(pipeline: Pipeline, tmp_path: Path) -> None:
@@ -166,7 +180,6 @@ def test_an_image_holds_what_its_service_needs_and_no_tools(
         "import importlib.util as u, json, os, shutil, sys; "
         "print(json.dumps({'found': [m for m in sys.argv[1:] if u.find_spec(m)], 'uid': os.getuid(), "
         "'tools': [t for t in ('gcc', 'make', 'git') if shutil.which(t)], "
-        "'pyc': sum(f.endswith('.pyc') for _, _, fs in os.walk('/opt/lift') for f in fs), "
         "'caches': [p for p in ('/root/.cache', '/src', '/wheels') if os.path.exists(p)]}))"
     )
     image = pipeline.stack.inspect(service)["Config"]["Image"]
@@ -177,7 +190,7 @@ def test_an_image_holds_what_its_service_needs_and_no_tools(
     seen = json.loads(done.stdout)
     assert sorted(seen["found"]) == sorted(holds.split())
     assert seen["uid"] == {"embedder": 10001, "trainer": 10002}[service]
-    assert not seen["tools"] and not seen["caches"] and not seen["pyc"]
+    assert not seen["tools"] and not seen["caches"]
 
 
 def test_the_reports_can_be_looked_at_in_a_browser(pipeline: Pipeline) -> None:
@@ -205,11 +218,13 @@ def test_a_backup_taken_while_serving_and_restored_without_live_has_everything_s
 ) -> None:
     backup = tmp_path / "backup.tar"
     with pipeline.stack.client(pipeline.stack.key("fill")) as client, backup.open("wb") as file:
-        pack = pipeline.stack.command(
-            *("exec", "-T", "embedder", "tar", "-C", "/cache", "-cf", "-"),
-            *("--exclude=live", "--exclude=live.json", "--exclude=.tmp-*", "demo"),
+        packing = pipeline.stack.start(
+            "docker compose exec -T embedder tar -C /cache -cf - "
+            "--exclude=live --exclude=live.json '--exclude=.tmp-*' demo",
+            folder=tmp_path,
+            output=file,
+            errors=subprocess.DEVNULL,
         )
-        packing = subprocess.Popen(pack, stdout=file, cwd=MAIN.parent, env=pipeline.stack.environment)
         written = 0
         while packing.poll() is None or written == 0:
             client.post(
@@ -252,6 +267,32 @@ def test_compose_serves_and_trains_from_what_the_command_line_tools_wrote_with_t
     )
     run = stack.copy_out("report", "/runs/tools", tmp_path / "run")
     assert list((run / "checkpoints").glob("step-*/model.safetensors"))
+
+
+def test_a_volume_for_runs_that_cannot_be_written_is_named_in_one_line(
+    pipeline: Pipeline, tmp_path: Path
+) -> None:
+    theirs = tmp_path / "theirs"
+    theirs.mkdir(mode=0o755)
+    mount = ("-v", f"{theirs}:/runs", "-e", "LIFT_RUN=/runs/another")
+    done = pipeline.stack.compose("run", "--rm", "--no-deps", "-T", *mount, "trainer", check=False)
+    assert done.returncode == 2
+    said = [line for line in (done.stdout + done.stderr).splitlines() if line.strip()]
+    assert len(said) == 1, said
+    assert said[0].startswith("error: ") and "/runs" in said[0] and "ermission denied" in said[0]
+
+
+def test_before_an_upgrade_everything_is_sealed_with_the_server_stopped(pipeline: Pipeline) -> None:
+    once = ("run", "--rm", "--no-deps", "-T", "--entrypoint", "lift-cache", "embedder")
+
+    def fresh() -> int:
+        return int(
+            json.loads(pipeline.stack.compose(*once, "info", "/cache/demo", "--json").stdout)["fresh_rows"]
+        )
+
+    assert fresh() > 0, "what was written during the backup"
+    pipeline.stack.compose(*once, "seal", "/cache/demo")
+    assert fresh() == 0
 
 
 def test_up_again_embeds_nothing_and_trains_nothing(pipeline: Pipeline, tmp_path: Path) -> None:
