@@ -61,8 +61,8 @@ def main() -> int:
             else:
                 stack.callback(remove_projects, environment)
                 not_checked.append(NEVER_HERE)
-                run([*PYTEST, "tests/compose/test_config.py"], environment, end)
-                build(environment, end)
+                with building(environment, end):
+                    run([*PYTEST, "tests/compose/test_config.py"], environment, end)
                 run([*PYTEST, "-x", "tests/compose/test_pipeline.py"], environment, end)
                 run([*PYTEST, "tests/compose/test_bad_input.py"], environment, end)
     except Failed as failure:
@@ -136,46 +136,42 @@ def sourced(script: Path, environment: Environment) -> Environment:
     return dict(line.split("=", 1) for line in said.split("\0") if "=" in line)
 
 
-def build(environment: Environment, end: float) -> None:
-    """Both images at the same time: one waits for the network where the other unpacks. Raises Failed."""
+@contextlib.contextmanager
+def building(environment: Environment, end: float) -> Iterator[None]:
+    """Both images are built meanwhile: one waits for the network where the other unpacks. Raises Failed."""
     started = time.monotonic()
+    builds: dict[str, subprocess.Popen[bytes]] = {}
     with tempfile.TemporaryDirectory() as folder:
-        logs = {service: Path(folder) / service for service in ("embedder", "trainer")}
-        builds = {}
-        for service, log in logs.items():
-            with log.open("w") as file:
-                builds[service] = subprocess.Popen(
-                    ["docker", "compose", "build", service],
-                    stdout=file,
-                    stderr=file,
-                    cwd=ROOT,
-                    env=environment,
-                )
         try:
-            for service, building in builds.items():
-                if building.wait(max(1, end - time.monotonic())):
-                    print(logs[service].read_text()[-4000:])
+            for service in ("embedder", "trainer"):
+                with (Path(folder) / service).open("w") as log:
+                    command = ["docker", "compose", "build", service]
+                    builds[service] = subprocess.Popen(
+                        command, stdout=log, stderr=log, cwd=ROOT, env=environment
+                    )
+            yield
+            for service, one in builds.items():
+                if one.wait(max(1, end - time.monotonic())):
+                    print((Path(folder) / service).read_text()[-4000:])
                     raise Failed(f"the image of {service} could not be built")
                 say(f"image of {service} built after {time.monotonic() - started:.0f} s")
         except subprocess.TimeoutExpired:
             raise Failed("the images were not built in time") from None
         finally:
-            for building in builds.values():
-                building.kill()
-                building.wait()
-    sizes = [
+            for one in builds.values():
+                one.kill()
+                one.wait()
+    listing = [
         "docker",
         "image",
         "ls",
-        "--format",
-        "{{.Repository}}:{{.Tag}} {{.Size}}",
         "--filter",
         "reference=lift-*",
+        "--format",
+        "{{.Repository}}:{{.Tag}} {{.Size}}",
     ]
-    for line in subprocess.run(
-        sizes, env=environment, capture_output=True, text=True, check=False
-    ).stdout.splitlines():
-        say(line)
+    said = subprocess.run(listing, env=environment, capture_output=True, text=True, check=False).stdout
+    say("images: " + ", ".join(said.splitlines()))
 
 
 def project() -> str:
