@@ -30,6 +30,7 @@ SMALL = {
     "LIFT_TOWER": "vit:width=32,depth=1,heads=2,patch=16",
     "LIFT_TEXT_SHAPE": "context=77,width=32,depth=1,heads=2",
     "LIFT_IMAGE_SIZE": "32",
+    "LIFT_POOLING": "mean",
     "LIFT_BATCH_SIZE": "16",
     "LIFT_STEPS": "3",
     "LIFT_WARMUP": "1",
@@ -53,15 +54,15 @@ def blocks() -> list[Block]:
     return [Block(language, code) for language, code in found]
 
 
-def run(block: Block, folder: Path, environment: dict[str, str]) -> str:
+def run(block: Block, number: int, folder: Path, environment: dict[str, str]) -> str:
     """What a block prints. What it leaves running in the background goes on."""
-    script = folder / f"block.{block.language}"
+    script = folder / f"{number}.{block.language}"
     script.write_text(block.code)
     commands = {
         "bash": ["bash", "-eo", "pipefail"],
         "python": [folder / ".venv" / "embedder" / "bin" / "python"],
     }
-    log = folder / "said"
+    log = folder / f"{number}.log"
     with log.open("w") as said:
         code = subprocess.run(
             [*commands[block.language], script],
@@ -100,9 +101,9 @@ def said(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
     )
     printed = {}
     try:
-        for block in blocks():
+        for number, block in enumerate(blocks()):
             if block.not_here is None:
-                printed[block.code] = run(block, folder, environment)
+                printed[block.code] = run(block, number, folder, environment)
         yield printed | {"folder": str(folder)}
     finally:
         for entry in Path("/proc").glob("[0-9]*"):
