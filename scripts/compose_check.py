@@ -21,7 +21,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-PYTEST = [sys.executable, "-m", "pytest", "-q", "--durations=10"]
+PYTEST = [sys.executable, "-m", "pytest", "-q", "--durations=6"]
 ENGINE = "build, up, kill, up again, down -v, backup, two hosts, bad input"
 NEVER_HERE = (
     "Prometheus and Grafana themselves, and the GPU overlay on a GPU: /metrics is scraped without them"

@@ -296,7 +296,7 @@ def test_before_an_upgrade_everything_is_sealed_with_the_server_stopped(pipeline
 
     def fresh() -> int:
         return int(
-            json.loads(pipeline.stack.compose(*once, "info", "/cache/demo", "--json").stdout)["fresh_rows"]
+            json.loads(pipeline.stack.compose(*once, "info", "/cache/demo", "--json").stdout)["not_sealed"]
         )
 
     assert fresh() > 0, "what was written during the backup"
