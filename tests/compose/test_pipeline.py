@@ -269,6 +269,7 @@ def test_compose_serves_and_trains_from_what_the_command_line_tools_wrote_with_t
     docker("stop", "-t", "60", trainer)
     assert json.loads(docker("inspect", trainer).stdout)[0]["State"]["ExitCode"] == 128 + signal.SIGTERM
     assert "stopped by SIGTERM after step" in said_by(trainer)
+    docker("rm", trainer)
     run = stack.copy_out("report", "/runs/tools", tmp_path / "run")
     assert list((run / "checkpoints").glob("step-*/model.safetensors"))
 
