@@ -49,6 +49,9 @@ def main() -> int:
     )
     parser.add_argument("--minutes", type=float, default=20, help="everything must be over by then")
     options = parser.parse_args()
+    signal.signal(
+        signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM)
+    )  # and what was started is stopped
     end = time.monotonic() + 60 * options.minutes
     not_checked = []
     try:
@@ -91,35 +94,38 @@ def engine(lab: Path) -> Iterator[Environment]:
         return
     if not (lab / "start.sh").exists():
         raise Skipped(f"no container engine answers, and there is no lab at {lab}")
-    with tempfile.TemporaryDirectory(prefix="lift-lab-") as folder:
+    folder = tempfile.mkdtemp(prefix="lift-lab-")
+    try:
         if (free := shutil.disk_usage(folder).free) < ROOM:
             raise Skipped(f"{free >> 30} GiB are free in {folder}, and images and layers take {ROOM >> 30}")
         environment = sourced(lab / "lib.sh", {**os.environ, "DOCKERLAB": folder, "TMPDIR": folder})
-        started = time.monotonic()
         try:
-            for step in ("fetch.sh", "start.sh", "base.sh", "ca.sh python:3.11-slim"):
-                done = subprocess.run(
-                    f"{lab}/{step}", shell=True, env=environment, capture_output=True, text=True, check=False
-                )
-                if done.returncode:
-                    last = (done.stdout + done.stderr).strip().splitlines()[-1:]
-                    raise Skipped(f"the lab's {step} failed: {' '.join(last)}")
-            say(f"an engine of the lab answers after {time.monotonic() - started:.0f} s")
-            wheels = subprocess.run(
-                [sys.executable, "-m", "pip", "config", "get", "global.find-links"],
-                capture_output=True,
-                text=True,
-                check=False,
-            ).stdout.strip()
-            environment["PYTHON_IMAGE"] = "python:3.11-slim-ca"
-            environment["COMPOSE_FILE"] = "docker-compose.yml:docker/compose.ci.yaml"
-            if wheels and Path(wheels).is_dir():
-                environment["LIFT_WHEELS"] = wheels
+            start_lab(lab, environment)
             yield environment
         finally:
-            subprocess.run(
-                [lab / "stop.sh", "--purge"], env=environment, check=False, stdout=subprocess.DEVNULL
-            )
+            subprocess.run([lab / "stop.sh"], env=environment, check=False, stdout=subprocess.DEVNULL)
+    finally:
+        # Some disks take ten minutes to give back what images and layers took, and nothing waits for it.
+        subprocess.Popen(["rm", "-rf", folder], start_new_session=True, stderr=subprocess.DEVNULL)
+
+
+def start_lab(lab: Path, environment: Environment) -> None:
+    """Start a lab's engine, and add to the environment what building with it needs. Raises Skipped."""
+    started = time.monotonic()
+    for step in ("fetch.sh", "start.sh", "base.sh", "ca.sh python:3.11-slim"):
+        done = subprocess.run(
+            f"{lab}/{step}", shell=True, env=environment, capture_output=True, text=True, check=False
+        )
+        if done.returncode:
+            last = (done.stdout + done.stderr).strip().splitlines()[-1:]
+            raise Skipped(f"the lab's {step} failed: {' '.join(last)}")
+    say(f"an engine of the lab answers after {time.monotonic() - started:.0f} s")
+    environment["PYTHON_IMAGE"] = "python:3.11-slim-ca"
+    environment["COMPOSE_FILE"] = "docker-compose.yml:docker/compose.ci.yaml"
+    asked = [sys.executable, "-m", "pip", "config", "get", "global.find-links"]
+    wheels = subprocess.run(asked, capture_output=True, text=True, check=False).stdout.strip()
+    if wheels and Path(wheels).is_dir():
+        environment["LIFT_WHEELS"] = wheels
 
 
 def answers(environment: Mapping[str, str]) -> bool:
