@@ -45,6 +45,14 @@ def test_emoji_come_out_byte_for_byte_the_same(drawn: Path, tmp_path: Path) -> N
 
 
 @pytest.mark.slow
+def test_drawn_emoji_are_found_there_and_are_no_other_data(drawn: Path) -> None:
+    settings = {"size": 32, "seed": 0}
+    assert already_there(drawn, "emoji", settings)
+    with pytest.raises(BadConfig, match="the data set emoji is here, not shapes"):
+        already_there(drawn, "shapes", settings)
+
+
+@pytest.mark.slow
 def test_the_emoji_gallery_has_191_captions_none_of_them_in_training(drawn: Path) -> None:
     test, train = captions_in(drawn, "test"), set(captions_in(drawn, "train"))
     assert len(test) == len(set(test)) == 191
@@ -208,7 +216,7 @@ def test_a_second_run_finds_the_data_there_and_other_settings_are_refused(
 def test_a_folder_of_the_users_is_never_overwritten(tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").touch()
     with pytest.raises(BadConfig, match="something else is here"):
-        already_there(tmp_path, {"size": 64})
+        already_there(tmp_path, "emoji", {"size": 64})
 
 
 def test_what_is_interrupted_leaves_nothing_behind(tmp_path: Path) -> None:

@@ -41,7 +41,7 @@ def emoji(out: Out, *, size: Size = 64, seed: Seed = 0) -> None:
     4.0.
     """
     settings = {"size": size, "seed": seed}
-    _make(out, settings, lambda writer, tick: emoji_data.build(writer, **settings, progress=tick))
+    _make(out, "emoji", settings, lambda writer, tick: emoji_data.build(writer, **settings, progress=tick))
 
 
 @app.command
@@ -51,7 +51,7 @@ def shapes(out: Out, *, size: Size = 32, train: Count = 30_000, seed: Seed = 0) 
     Held out, apart: scenes with all their swapped twins (test), and colour–shape pairs (unseen).
     """
     settings = {"size": size, "train": train, "seed": seed}
-    _make(out, settings, lambda writer, tick: shapes_data.build(writer, **settings, progress=tick))
+    _make(out, "shapes", settings, lambda writer, tick: shapes_data.build(writer, **settings, progress=tick))
 
 
 @app.command
@@ -61,13 +61,21 @@ def paraphrases(out: Out, *, size: Size = 32, train: Count = 10_000, seed: Seed 
     Training pictures have three short captions and a `long` one; `captions.txt` has every caption that there is.
     """
     settings = {"version": paraphrases_data.VERSION, "size": size, "train": train, "seed": seed}
-    _make(out, settings, lambda writer, tick: paraphrases_data.build(writer, **settings, progress=tick))
+    _make(
+        out,
+        "paraphrases",
+        settings,
+        lambda writer, tick: paraphrases_data.build(writer, **settings, progress=tick),
+    )
 
 
 def _make(
-    out: Path, settings: dict[str, int], build: Callable[[DatasetWriter, Callable[[int, int], None]], None]
+    out: Path,
+    name: str,
+    settings: dict[str, int],
+    build: Callable[[DatasetWriter, Callable[[int, int], None]], None],
 ) -> None:
-    if already_there(out, settings):
+    if already_there(out, name, settings):
         print(f"{out} is already there")
         return
     began = time.monotonic()

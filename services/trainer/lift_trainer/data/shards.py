@@ -80,8 +80,10 @@ class DatasetWriter:
             file.write("\n")
 
 
-def already_there(out: Path, settings: Mapping[str, object]) -> bool:
-    """Whether `out` holds exactly this data set, whole; False where nothing is yet.
+def already_there(out: Path, name: str, settings: Mapping[str, object]) -> bool:
+    """Whether `out` holds the data set of this name, made with these settings, whole; False where nothing is yet.
+
+    What a data set says of itself beyond them, such as the version of the drawings, may differ.
 
     Raises `BadConfig` when `out` holds anything else: nothing of a user's is ever overwritten.
     """
@@ -90,15 +92,18 @@ def already_there(out: Path, settings: Mapping[str, object]) -> bool:
     try:
         description = json.loads((out / DESCRIPTION).read_text())
         there, files = dict(description["settings"]), dict(description["files"])
+        held = description["name"]
     except (OSError, ValueError, KeyError, TypeError):
         raise BadConfig(f"{out}: something else is here; name another folder or remove it") from None
-    for name in {**settings, **there}:
-        if there.get(name) != settings.get(name):
+    if held != name:
+        raise BadConfig(f"{out}: the data set {held} is here, not {name}; name another folder")
+    for setting, wanted in settings.items():
+        if there.get(setting) != wanted:
             raise BadConfig(
-                f"{out}: made with {name}={there.get(name)}, not {settings.get(name)}; name another folder"
+                f"{out}: made with {setting}={there.get(setting)}, not {wanted}; name another folder"
             )
-    for name, about in files.items():
-        path = out / name
+    for file, about in files.items():
+        path = out / file
         if not path.is_file() or path.stat().st_size != about["bytes"]:
             raise BadConfig(f"{path}: missing or cut short; remove {out} and run this again")
     return True
