@@ -252,7 +252,9 @@ class TrainConfig(BaseModel):
         )
     )
     best: Annotated[str, _flag(WATCH)] = Field(
-        "loss", description="Held-out score by which the best checkpoint is kept."
+        "loss",
+        description="Held-out score by which the best checkpoint is kept; of a suite TASK-NAME-PROTOCOL/SCORE, as "
+        "shapes-test-two-way/mean.",
     )
     log_every: Annotated[int, _flag(WATCH)] = Field(10, gt=0, description="Steps between lines of metrics.")
     tensorboard: Annotated[bool, _switch(WATCH)] = Field(True, description="Also write TensorBoard files.")

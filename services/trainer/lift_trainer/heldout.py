@@ -9,11 +9,12 @@ are afterwards what they were, so a run with held-out scores and one without hav
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import random
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -127,10 +128,10 @@ IN_BATCHES: dict[str, Better] = {
     "positive": "higher",
     "negative": "lower",
 }
-BETTER: dict[str, Better] = IN_BATCHES | {
+BETTER: Mapping[str, Better] = IN_BATCHES | {
     f"retrieval/r@{cutoff}_{direction}": "higher" for direction in DIRECTIONS for cutoff in CUTOFFS
 }
-"""Every score there can be, and which of two values is the better one."""
+"""Every score there can be without a suite, and which of two values is the better one."""
 
 
 @dataclass(frozen=True)
@@ -139,6 +140,8 @@ class Suite:
 
     evaluators: Sequence[SuiteEvaluator]
     encoder: LiveRun
+    digest: str
+    """Of the suite files: scores by other files cannot be compared."""
 
     @classmethod
     def open(cls, job: Job) -> Suite | None:
@@ -147,7 +150,17 @@ class Suite:
         if not files:
             return None
         opened = open_tasks([task for file in files for task in read_suite(Path(file))])
-        return cls(opened, LiveRun.open(job))
+        written = b"".join(Path(file).read_bytes() for file in files)
+        return cls(opened, LiveRun.open(job), hashlib.blake2b(written, digest_size=16).hexdigest())
+
+    @property
+    def names(self) -> list[str]:
+        """Of all scores, before anything is computed."""
+        return [
+            f"{evaluator.task}-{evaluator.name}-{evaluator.protocol}/{score}"
+            for evaluator in self.evaluators
+            for score in evaluator.scores
+        ]
 
     def scores(self) -> Scores:
         """`TASK-NAME-PROTOCOL/SCORE`, as the files of `lift-eval` are called."""
@@ -229,6 +242,21 @@ class HeldOut:
     def digest(self) -> str:
         """Of what is scored: scores of other data cannot be compared."""
         return self.index.digest
+
+    def best(self, run: Path, metric: str, step: int) -> Best:
+        """Which step of a run is best by a score.
+
+        Raises:
+            BadConfig: there is no such score.
+            CacheDamaged: see `Best.open`.
+        """
+        if metric in BETTER or not self.suite:
+            return Best.open(run, metric, step=step, data=self.digest)
+        if metric not in self.suite.names:
+            raise BadConfig(
+                f"--best {metric}: the suite has no such score; it has {', '.join(self.suite.names)}"
+            )
+        return Best.open(run, metric, "higher", step=step, data=self.suite.digest)
 
     def __str__(self) -> str:
         return (
@@ -417,11 +445,22 @@ def require_scores(config: TrainConfig) -> None:
 
 def _require_score(name: str, evaluators: Sequence[str]) -> None:
     """Raises BadConfig: there is no such score, or it is not computed."""
-    if name not in BETTER:
-        raise BadConfig(f"--best {name}: there is no such held-out score; there are {', '.join(BETTER)}")
+    if name not in BETTER and "/" in name and any(map(is_suite, evaluators)):
+        return  # of what a suite scores, known once its data are opened
+    _direction(name)
     evaluator, slash, _ = name.partition("/")
     if slash and evaluator not in evaluators:
         raise BadConfig(f"--best {name} is a score of --evaluators {evaluator}: give that too")
+
+
+def _direction(name: str) -> Better:
+    """Raises BadConfig: there is no such score."""
+    if name not in BETTER:
+        raise BadConfig(
+            f"--best {name}: there is no such held-out score; there are {', '.join(BETTER)}, and with a suite file "
+            "among --evaluators its TASK-NAME-PROTOCOL/SCORE"
+        )
+    return BETTER[name]
 
 
 @dataclass(frozen=True)
@@ -439,16 +478,27 @@ class Best:
     step, finds no checkpoint at the noted one, and the best before is the best again.
     """
 
-    def __init__(self, run: Path, metric: str, data: str | None, noted: Sequence[Noted]) -> None:
-        self.run, self.metric, self.data = run, metric, data
+    def __init__(
+        self, run: Path, metric: str, better: Better, data: str | None, noted: Sequence[Noted]
+    ) -> None:
+        self.run, self.metric, self.better, self.data = run, metric, better, data
         self._noted = list(noted)
         """The best, after the best before it."""
 
     @classmethod
-    def open(cls, run: Path, metric: str, *, step: int | None = None, data: str | None = None) -> Best:
+    def open(
+        cls,
+        run: Path,
+        metric: str,
+        better: Better | None = None,
+        *,
+        step: int | None = None,
+        data: str | None = None,
+    ) -> Best:
         """What a run noted so far; nothing if that was by another metric or on other data (said on stderr).
 
         Args:
+            better: which of two values is; None where the score is one of BETTER.
             step: from which the run goes on; what is later will be noted again.
             data: digest of the held-out data.
 
@@ -456,29 +506,26 @@ class Best:
             BadConfig: no such metric.
             CacheDamaged: best.json cannot be read.
         """
-        if metric not in BETTER:
-            raise BadConfig(
-                f"--best {metric}: there is no such held-out score; there are {', '.join(BETTER)}"
-            )
+        better = better or _direction(metric)
         path = run / "best.json"
         try:
             kept = json.loads(path.read_bytes())
             noted = [Noted(**fields) for fields in (kept["before"], kept["best"]) if fields]
             theirs, of = kept["metric"], kept["data"]
         except FileNotFoundError:
-            return cls(run, metric, data, [])
+            return cls(run, metric, better, data, [])
         except (OSError, ValueError, LookupError, TypeError) as error:
             raise CacheDamaged(
                 f"{path} cannot be read ({error}); delete it, and the best is looked for anew"
             ) from None
         if (theirs, of) != (metric, data):
             what = (
-                f"is by {theirs} and now {metric} counts" if theirs != metric else "is of other --eval-data"
+                f"is by {theirs} and now {metric} counts" if theirs != metric else "is of other held-out data"
             )
             print(f"{path} {what}: the best is looked for anew", file=sys.stderr)
-            return cls(run, metric, data, [])
+            return cls(run, metric, better, data, [])
         noted = [n for n in noted if (step is None or n.step <= step) and (run / n.path).is_dir()]
-        return cls(run, metric, data, noted)
+        return cls(run, metric, better, data, noted)
 
     @property
     def noted(self) -> Noted | None:
@@ -505,14 +552,14 @@ class Best:
             return False
         if self.noted is not None:
             higher = value > self.noted.value
-            if value == self.noted.value or higher != (BETTER[self.metric] == "higher"):
+            if value == self.noted.value or higher != (self.better == "higher"):
                 return False
         now = Noted(step, value, str(path.relative_to(self.run)))
         self._noted = [*self._noted[-1:], now]
         before = self._noted[0] if len(self._noted) > 1 else None
         kept = {
             "metric": self.metric,
-            "better": BETTER[self.metric],
+            "better": self.better,
             "data": self.data,
             "best": asdict(now),
             "before": asdict(before) if before else None,

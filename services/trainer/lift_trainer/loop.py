@@ -262,8 +262,7 @@ class _Watched:
     @classmethod
     def open(cls, job: Job) -> _Watched:
         data = HeldOut.open(job)
-        best = Best.open(job.config.run, job.config.best, step=job.start, data=data.digest)
-        return cls(job.config.run, data, best)
+        return cls(job.config.run, data, data.best(job.config.run, job.config.best, job.start))
 
     def score(self, step: int, model: LiftModel, metrics: Metrics) -> bool:
         """Whether the step is the best so far; then its checkpoint comes next."""

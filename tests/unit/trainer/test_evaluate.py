@@ -167,7 +167,13 @@ def test_mistakes_are_one_clear_line(trained: World, capsys: pytest.CaptureFixtu
     assert "name them apart" in refusal(capsys, "suite", suite(trained, twice), "--run", run)
     assert "at least two" in refusal(capsys, "compare", run)
     assert f"{run} has no evaluation" in refusal(capsys, "compare", run, trained.root / "b")
-    assert f"{none}: No such file" in refusal(capsys, "compare", none, run)
+    assert f"{none}: no such run or result; name runs" in refusal(capsys, "compare", none, run)
+    said = refusal(capsys, "suite", none, "--run", run)
+    assert f"suite {none}: No such file or directory; give a YAML file with a list of tasks" in said
+    (run / "eval").write_text("no folder")
+    said = refusal(capsys, "retrieval", "--data", trained.shard, "--run", run)
+    assert f"{run / 'eval'}: results cannot be written there" in said and "written to" not in said
+    (run / "eval").unlink()
     assert lift_eval("retrieval", "--data", trained.shard, "--run", run) == 0
     shutil.copytree(run, trained.root / "c")
     (trained.root / "c" / "eval" / "retrieval-train-karpathy.json").unlink()

@@ -102,6 +102,18 @@ def test_the_mean_is_that_of_the_checkpoint_and_of_the_training_images(begun: Wo
     assert mean.numpy() == pytest.approx(x_nd.double().mean(0).numpy(), abs=1e-7)
 
 
+def test_choices_do_not_depend_on_the_batch_size(begun: World) -> None:
+    shapes = open_shapes([str(with_negatives(begun.root))], "test")
+    whole, *parts = (
+        shapes.evaluate(TrainedRun.open(begun.root / "run", "cpu", batch_size=size)) for size in (256, 1, 7)
+    )
+    assert 0 < whole.scores["swap_obj"].value < 1
+    for part in parts:
+        for name, score in whole.scores.items():
+            near = whole.details["near_ties"].get(name, 0)
+            assert abs(part.scores[name].value - score.value) <= 1e-4 + near / score.items, name
+
+
 def test_both_held_out_splits_of_a_folder_are_evaluated(world: World) -> None:
     with_negatives(world.root, "test-000.tar")
     with_negatives(world.root, "unseen-000.tar")

@@ -335,13 +335,23 @@ def test_a_suite_is_scored_on_the_way_as_afterwards_and_training_does_not_notice
         f"- {{task: shapes, data: {shard}, name: test}}\n- {{task: retrieval, data: {world.shard}, protocol: lift}}\n"
     )
     watched = {"eval_data": [str(world.shard)], "eval_every": 5, "evaluators": ["retrieval", str(suite)]}
-    train(prepare(world.config("run", epochs=4, precision="fp32", **watched)))
+    best = "retrieval-train-lift/r@1_mean"
+    train(prepare(world.config("run", epochs=4, precision="fp32", best=best, **watched)))
     train(prepare(world.config("plain", epochs=4, precision="fp32")))
     models = [TrainedRun.open(world.root / name, "cpu").model.state_dict() for name in ("run", "plain")]
     assert all(torch.equal(models[0][name], models[1][name]) for name in models[0])
     scores = scored(world, "run")[12]
+    noted = json.loads((world.root / "run" / "best.json").read_bytes())
+    assert noted["metric"] == best and noted["better"] == "higher"
+    assert noted["best"]["value"] == max(line[best] for line in scored(world, "run").values())
+    wrong = prepare(world.config("wrong", best="retrieval-train-lift/r@7_mean", **watched))
+    with pytest.raises(
+        BadConfig, match=r"the suite has no such score; it has shapes-test-two-way/swap_obj, "
+    ):
+        train(wrong)
     for evaluator in open_tasks(read_suite(suite)):
         result = evaluator.evaluate(TrainedRun.open(world.root / "run", "cpu"))
+        assert list(result.scores) == [*evaluator.scores]
         for name, score in result.scores.items():
             assert scores[f"{result.stem}/{name}"] == pytest.approx(score.value)
     assert "shapes-test-two-way/swap_obj" in scores and "retrieval-train-lift/r@1_mean" in scores
@@ -394,6 +404,10 @@ def test_an_evaluator_or_score_that_does_not_exist_is_one_line(world: World) -> 
         ({"evaluators": ["zeroshot"]}, "--evaluators zeroshot: there is retrieval, or a suite file"),
         ({"evaluators": ["none.yaml"]}, "suite none.yaml: .*No such file"),
         ({"best": "accuracy"}, "--best accuracy: there is no such held-out score; there are loss, r@1_image"),
+        (
+            {"best": "shapes-test-two-way/mean"},
+            "no such held-out score; .* with a suite file among --evaluators",
+        ),
         ({"best": "retrieval/r@1_image_to_text"}, "is a score of --evaluators retrieval: give that too"),
     ):
         with pytest.raises(BadConfig, match=message):
@@ -446,7 +460,7 @@ def test_a_best_by_another_metric_or_on_other_data_is_begun_anew_and_said(
     assert Best.open(tmp_path, "positive", data="a").noted is None
     assert "is by loss and now positive counts: the best is looked for anew" in capsys.readouterr().err
     assert Best.open(tmp_path, "loss", data="b").noted is None
-    assert "is of other --eval-data" in capsys.readouterr().err
+    assert "is of other held-out data" in capsys.readouterr().err
     assert Best.open(tmp_path, "loss", data="a").noted is not None and not capsys.readouterr().err
     with pytest.raises(BadConfig, match="--best accuracy: there is no such held-out score"):
         Best.open(tmp_path, "accuracy")

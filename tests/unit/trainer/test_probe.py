@@ -22,7 +22,11 @@ from lift_trainer.evaluators.probe import (
     standardised,
 )
 from lift_trainer.evaluators.result import Result
+from lift_trainer.evaluators.trained import TrainedRun
+from lift_trainer.job import prepare
+from lift_trainer.loop import train as run_training
 from lift_trainer.rejects import Rejects
+from tests.unit.trainer.conftest import World, png
 from tests.unit.trainer.test_zeroshot import Named, plain
 
 CLASSES = 4
@@ -179,6 +183,25 @@ def test_states_are_standardised_by_the_training_images_and_a_constant_says_noth
 
 
 # ---------------------------------------------------------------------------------------------- from end to end
+
+
+def test_probes_do_not_depend_on_the_batch_size(world: World) -> None:
+    run_training(prepare(world.config(epochs=4, precision="fp32")))
+    for part, offset in (("train", 0), ("test", 50)):
+        for number in range(24):
+            where = world.root / part / f"class {number % CLASSES}"
+            where.mkdir(parents=True, exist_ok=True)
+            (where / f"{number}.png").write_bytes(png(offset + number))
+    opened = [Labelled.open([str(world.root / part)], Rejects(0)) for part in ("train", "test")]
+    probe = Probe("drawings", *opened, 5, Rejects(0))
+    whole, *parts = (
+        probe.evaluate(TrainedRun.open(world.root / "run", "cpu", batch_size=size)) for size in (256, 1, 7)
+    )
+    assert {score.items for score in whole.scores.values()} == {24}
+    for part in parts:
+        assert part.details["strength"] == whole.details["strength"]
+        for name, score in whole.scores.items():
+            assert part.scores[name].value == pytest.approx(score.value, abs=1e-4)
 
 
 def folder(root: Path, classes: dict[str, list[int]]) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,11 @@ from lift_cache.encoding import Encoding
 from lift_cache.errors import BadConfig, BadSource, LiftError, MissingCaptions, RecipeMismatch
 from lift_cache.recipe import Recipe
 from lift_trainer.cli import eval_main
+from lift_trainer.evaluators import means
 from lift_trainer.evaluators.released import IMAGENET_MEAN, IMAGENET_STD, ReleasedModel
-from lift_trainer.images import OPENAI_MEAN, OPENAI_STD, center_view
+from lift_trainer.images import OPENAI_MEAN, OPENAI_STD, ImageStore, center_view
+from lift_trainer.rejects import Rejects
+from lift_trainer.samples import build_index
 from tests.unit.trainer.conftest import Embedder, png, write_tar
 
 open_clip = pytest.importorskip("open_clip")
@@ -288,11 +292,48 @@ def test_the_command_scores_released_files_side_by_side(
             ["--run", "x", "--pixel-stats", "reference"],
             "--pixel-stats reference is for files given by --checkpoint",
         ),
+        (["--run", "x", "--train-data", str(shard)], "--train-data is for files given by --checkpoint"),
+        (["--checkpoint", files[1], "--train-data", "none.tar"], "no such file: none.tar"),
         (["--checkpoint", files[0]], "lift.pt is a LIFT, whose texts are embedded elsewhere"),
     ):
         with pytest.raises(SystemExit) as ended:
             eval_main([*flags, *wrong])
         assert ended.value.code == 2 and said in capsys.readouterr().err
+
+
+def test_training_data_give_a_released_file_its_blind_score_and_are_encoded_once(
+    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    torch.save(randomised(Lift()).state_dict(), tmp_path / "lift.pt")
+    samples = [
+        (str(i), png(i), {"captions": [own], "negatives": {"swap_obj": false}})
+        for i, (own, false) in enumerate([("one", "two"), ("two", "one")])
+    ]
+    shard = write_tar(tmp_path / "test-000.tar", samples)
+    training = write_tar(
+        tmp_path / "train.tar", [(str(i), png(50 + i), {"caption": "one"}) for i in range(3)]
+    )
+
+    def score(*flags: str) -> Any:
+        files = ["--checkpoint", str(tmp_path / "lift.pt"), "--cache", str(cache), "--device", "cpu"]
+        eval_main(["shapes", "--data", str(shard), "--json", *files, *flags])
+        return json.loads(capsys.readouterr().out)[0]["scores"]["swap_obj"]
+
+    assert score()["blind"] is None
+    model = ReleasedModel.open(
+        tmp_path / "lift.pt", "cpu", cache=str(cache), train_data=[str(training)], batch_size=2
+    )
+    mean = model.mean_image()
+    index = build_index([str(training)], Rejects(0))
+    pixels = torch.stack([center_view(ImageStore(index, 10**6).pixels(i), SIDE) for i in range(3)])
+    assert mean is not None and (mean - model.embed_images(pixels).mean(0)).abs().max() < 1e-6
+    text = model.mean_text()
+    one, two = model.embed_texts(["one", "two"])
+    assert text is not None and torch.equal(text, one)
+    prefers = float(mean @ one > mean @ two), float(mean @ two > mean @ one)
+    assert score("--train-data", str(training))["blind"] == sum(prefers) / 2
+    monkeypatch.setattr(means, "encode", None)  # not again
+    assert score("--train-data", str(training))["blind"] == 0.5
 
 
 @pytest.mark.slow

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
@@ -94,6 +95,16 @@ class Subjects:
     server: Annotated[
         str | None, Parameter(group=TEXT, help="Embedder for captions that the cache lacks.")
     ] = None
+    train_data: Annotated[
+        list[str],
+        Parameter(
+            group=TEXT,
+            consume_multiple=True,
+            negative_iterable=(),
+            help="Of --checkpoint files: shards of what they were trained on, or of a part of it, for blind scores and "
+            "distances. A run knows its own.",
+        ),
+    ] = field(default_factory=list)
     device: Annotated[str, Parameter(group=RUN, help="cpu, cuda, …; auto: cuda where there is one.")] = "auto"
     batch_size: Annotated[PositiveInt, Parameter(group=RUN, help="Images at a time; changes no score.")] = 256
 
@@ -121,6 +132,9 @@ class Subjects:
                 f"--pixel-stats {self.pixel_stats} is for files given by --checkpoint; a run has its own"
             )
 
+        if self.train_data and not self.checkpoint:
+            raise BadConfig("--train-data is for files given by --checkpoint; a run knows its own")
+
         def opener(run: Path) -> Callable[[], Encoder]:
             checkpoint = require_checkpoint(run)
             return lambda: TrainedRun.open(
@@ -141,6 +155,7 @@ class Subjects:
                 pixel_stats=self.pixel_stats,
                 cache=self.cache,
                 server=self.server,
+                train_data=self.train_data,
                 batch_size=self.batch_size,
             )
 
@@ -214,6 +229,8 @@ def _evaluate(tasks: Sequence[Task], subjects: Subjects, as_json: bool) -> int:
 
     openers = subjects.openers()
     evaluators = open_tasks(tasks)
+    for _, folder in openers:
+        _require_folder(folder)
     results: list[Result] = []
     for open_encoder, folder in openers:
         encoder = open_encoder()
@@ -237,6 +254,19 @@ def _evaluate(tasks: Sequence[Task], subjects: Subjects, as_json: bool) -> int:
     if subjects.run:
         print(f"next: lift-report {' '.join(map(str, subjects.run))}", file=sys.stderr)
     return 0
+
+
+def _require_folder(folder: Path) -> None:
+    """Raises BadConfig: no result could be written there, which is known before hours of scoring."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise BadConfig(
+            f"{folder}: results cannot be written there ({error.strerror or error}); give a folder that you may "
+            "write to"
+        ) from None
 
 
 def _compare(places: Sequence[Path], as_json: bool) -> int:

@@ -79,6 +79,8 @@ def _refusal(first: Result, second: Result, what: str, ours: str, theirs: str) -
 
 def results_of(place: Path) -> list[Result]:
     """What is in a result file, in RUN/eval, or in a folder of results. Raises BadSource: nothing is."""
+    if not place.exists():
+        raise BadSource(f"{place}: no such run or result; name runs, their eval folders, or files in these")
     if not place.is_dir():
         return [Result.read(place)]
     folder = place / "eval" if (place / "checkpoints").is_dir() else place

@@ -50,6 +50,10 @@ class HardNegatives:
     """What could not be used of the data, before any image was read."""
     protocol: str = "two-way"
 
+    @property
+    def scores(self) -> list[str]:
+        return [*self.choices, "mean", "item_mean"]
+
     def evaluate(self, encoder: Encoder) -> Result:
         rejects = Rejects(self.max_bad)
         rejects.named.update(self.left_out or {})

@@ -184,6 +184,10 @@ class Probe:
     def protocol(self) -> str:
         return f"knn{self.k}"
 
+    @property
+    def scores(self) -> list[str]:
+        return ["knn", "linear"]
+
     def evaluate(self, encoder: Encoder) -> Result:
         rejects = Rejects(self.rejects.limit)
         rejects.named.update(self.rejects.named)

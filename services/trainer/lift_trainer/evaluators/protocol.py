@@ -79,5 +79,10 @@ class Evaluator(Protocol):
         """Of the data."""
         ...
 
+    @property
+    def scores(self) -> Sequence[str]:
+        """Names of all that it can score, known before anything is computed; of each the higher value is better."""
+        ...
+
     def evaluate(self, encoder: Encoder) -> Result:
         """Raises LiftError: data that cannot be used, an encoder that cannot answer."""

@@ -13,8 +13,9 @@ ImageNet's instead, and cuts the central 224 pixels out of 256: `pixel_stats="re
 
 from __future__ import annotations
 
+import hashlib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -32,11 +33,13 @@ from lift_cache.errors import BadConfig, BadSource, LiftError
 from lift_cache.reader import CacheReader
 from lift_cache.recipe import Recipe
 from lift_trainer.config import TextShape, TrainConfig
+from lift_trainer.evaluators.means import kept_mean, mean_image, mean_vector, sample_of
 from lift_trainer.evaluators.result import Subject
 from lift_trainer.evaluators.texts import embed_distinct
 from lift_trainer.heads import unit_vectors
 from lift_trainer.job import choose_device
-from lift_trainer.samples import captions_only
+from lift_trainer.rejects import Rejects
+from lift_trainer.samples import Index, build_index, captions_only
 from lift_trainer.text import open_texts
 from lift_trainer.text_towers import ClipTextTower, Tokenizer
 from lift_trainer.towers import ImageTower
@@ -47,6 +50,7 @@ IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
 MAX_PIXELS: int = TrainConfig.model_fields["max_pixels"].default
+MAX_BAD: int = TrainConfig.model_fields["max_bad"].default
 HEAD_WIDTH = 64
 """Of attention, in all of open_clip's ViTs."""
 TEXTS = 256
@@ -260,6 +264,8 @@ class ReleasedModel:
     cache: str | None = None
     server: str | None = None
     """Embedder of LIFT's captions: for those that the cache lacks, or for all."""
+    training: tuple[Index, Rejects] | None = None
+    """Some of what the file was trained on, and what is broken of it: for blind scores and distances."""
     batch_size: int = 256
     max_pixels: int = MAX_PIXELS
 
@@ -272,11 +278,15 @@ class ReleasedModel:
         pixel_stats: PixelStats = "training",
         cache: str | None = None,
         server: str | None = None,
+        train_data: Sequence[str] = (),
         batch_size: int = 256,
     ) -> ReleasedModel:
         """
+        Args:
+            train_data: shards or tables of what the file was trained on, or of a part of it.
+
         Raises:
-            BadSource: not a released file, or what their code saves.
+            BadSource: not a released file, or what their code saves; training data that cannot be used.
             BadConfig: it is LIFT, and there is neither cache nor server, or they are of another width. CLIP needs none.
             CacheNotFound, CacheDamaged, ServerUnavailable.
         """
@@ -292,7 +302,11 @@ class ReleasedModel:
         if pixel_stats == "reference":
             model.tower.mean.copy_(torch.tensor(IMAGENET_MEAN).view(3, 1, 1))
             model.tower.std.copy_(torch.tensor(IMAGENET_STD).view(3, 1, 1))
-        opened = cls(path, model, where, pixel_stats, cache, server, batch_size)
+        training = None
+        if train_data:
+            rejects = Rejects(MAX_BAD)
+            training = sample_of(build_index(train_data, rejects)), rejects
+        opened = cls(path, model, where, pixel_stats, cache, server, training, batch_size)
         _ = opened._texts  # what is wrong with them is said before any image is read
         return opened
 
@@ -392,9 +406,26 @@ class ReleasedModel:
         return vectors_nd
 
     def mean_image(self) -> torch.Tensor | None:
-        """None: its training images are not at hand."""
-        return None
+        """None without training data."""
+        return self._kept("image", lambda index, rejects: mean_image(index, self, rejects))
 
     def mean_text(self) -> torch.Tensor | None:
-        """None: neither are its captions."""
-        return None
+        """None without training data."""
+        return self._kept(
+            "text",
+            lambda index, _: mean_vector(self.embed_texts([*index.captions.take(np.unique(index.pairs))])),
+        )
+
+    def _kept(self, kind: str, compute: Callable[[Index, Rejects], torch.Tensor]) -> torch.Tensor | None:
+        if self.training is None:
+            return None
+        index, rejects = self.training
+        texts = self.subject.recipe or ""
+        of = hashlib.blake2b(f"{self._weights} {index.digest} {texts}".encode(), digest_size=6).hexdigest()
+        path = self.directory / f"mean-{kind}-{of}.safetensors"
+        return kept_mean(kind, path, lambda: compute(index, rejects), self.device)
+
+    @cached_property
+    def _weights(self) -> str:
+        with self.path.open("rb") as file:
+            return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()

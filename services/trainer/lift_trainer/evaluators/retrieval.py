@@ -164,6 +164,10 @@ class Retrieval:
     """Which captions the gallery shows."""
     task: str = "retrieval"
 
+    @property
+    def scores(self) -> list[str]:
+        return [f"r@{k}_{name}" for k in CUTOFFS for name in (*DIRECTIONS, "mean")]
+
     def evaluate(self, encoder: Encoder) -> Result:
         rejects = Rejects(self.max_bad)
         rejects.named.update(self.left_out or {})

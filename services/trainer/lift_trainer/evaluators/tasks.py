@@ -275,7 +275,11 @@ def read_suite(path: Path) -> list[Task]:
 
     try:
         written = yaml.safe_load(path.read_bytes())
-    except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
+    except OSError as error:
+        raise BadConfig(
+            f"suite {path}: {error.strerror or error}; give a YAML file with a list of tasks, as `- task: retrieval`"
+        ) from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise BadConfig(f"suite {path}: {' '.join(str(error).split())}") from None
     if not isinstance(written, list) or not written:
         raise BadConfig(f"suite {path}: no list of tasks; begin each with a line such as `- task: retrieval`")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -10,24 +9,17 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
 
 from lift_cache.errors import LiftError
-from lift_cache.files import write_atomic
 from lift_trainer.checkpoint import MODEL, Checkpoint, require_checkpoint
-from lift_trainer.evaluators.images import encode
+from lift_trainer.evaluators.means import kept_mean, mean_image, mean_vector, sample_of
 from lift_trainer.evaluators.result import Subject
 from lift_trainer.evaluators.texts import RunTexts
 from lift_trainer.job import choose_device, open_training_texts
 from lift_trainer.model import LiftModel, build_model
 from lift_trainer.rejects import Rejects
 from lift_trainer.samples import Index, build_index
-from lift_trainer.sampling import ORDER, permutation
 from lift_trainer.transform import TextTransform
-
-MEAN_OF = 4096
-"""Training images whose mean stands for that of all, drawn once for ever."""
 
 
 @dataclass(frozen=True)
@@ -133,26 +125,14 @@ class TrainedRun:
     # ---- means over the training data
 
     def mean_image(self) -> torch.Tensor | None:
-        return self._kept_mean("image", self._mean_image)
+        return self._kept("image", self._mean_image)
 
     def mean_text(self) -> torch.Tensor | None:
-        return self._kept_mean("text", self._mean_text)
+        return self._kept("text", self._mean_text)
 
-    def _kept_mean(self, kind: str, compute: Callable[[], torch.Tensor]) -> torch.Tensor | None:
-        """A mean, computed once per checkpoint and kept in RUN/eval; None, and why on stderr, where it cannot be."""
-        path = self.run / "eval" / f"mean-{kind}-{self.checkpoint.state.files[MODEL][:12]}.safetensors"
-        try:
-            return load_file(path)["mean"].to(self.device)
-        except (OSError, SafetensorError, KeyError):
-            pass
-        try:
-            mean = compute()
-        except LiftError as error:
-            print(f"no mean over the training {kind}s: {error}", file=sys.stderr)
-            return None
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomic(path, save({"mean": mean.cpu().contiguous()}))
-        return mean
+    def _kept(self, kind: str, compute: Callable[[], torch.Tensor]) -> torch.Tensor | None:
+        weights = self.checkpoint.state.files[MODEL][:12]
+        return kept_mean(kind, self.run / "eval" / f"mean-{kind}-{weights}.safetensors", compute, self.device)
 
     def _training_sample(self, rejects: Rejects) -> Index:
         config = self.checkpoint.state.config
@@ -163,13 +143,11 @@ class TrainedRun:
             images=config.images,
             image_field=config.image_field,
         )
-        return index.take(np.sort(permutation(len(index), 0, ORDER)[:MEAN_OF]))
+        return sample_of(index)
 
-    @torch.inference_mode()
     def _mean_image(self) -> torch.Tensor:
         rejects = Rejects(self.checkpoint.state.config.max_bad)
-        x_nd, _ = encode(self._training_sample(rejects), self, rejects, "training images")
-        return x_nd.double().mean(0).float()
+        return mean_image(self._training_sample(rejects), self, rejects)
 
     @torch.inference_mode()
     def _mean_text(self) -> torch.Tensor:
@@ -181,5 +159,4 @@ class TrainedRun:
             self.run / "overlay.safetensors",
             control=self.texts.control,
         )
-        y_ud = self.texts.encode(texts[0], np.unique(index.pairs))
-        return y_ud.double().mean(0).float()
+        return mean_vector(self.texts.encode(texts[0], np.unique(index.pairs)))

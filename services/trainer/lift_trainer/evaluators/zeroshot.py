@@ -75,6 +75,10 @@ class ZeroShot:
     def protocol(self) -> str:
         return self.templates.name
 
+    @property
+    def scores(self) -> list[str]:
+        return ["top1", "top5", "per_class"]
+
     def evaluate(self, encoder: Encoder) -> Result:
         names = [*dict.fromkeys(self.names)]
         names_ud, prompt_mean = self._name_vectors(names, encoder)  # first, as they may be missing
