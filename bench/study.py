@@ -9,7 +9,7 @@
     python bench/study.py run --list                           what is left, in order
     python bench/study.py run --only lift-smollm2-center/0     one arm and seed (lr0.001 in its place: of the sweep)
     python bench/study.py run                                  everything, two at a time
-    python bench/study.py report                               tables, verdicts and the figure of what is there
+    python bench/study.py report                               tables, verdicts and figures of what is there
 
 A JSON that was made with other settings than study.yaml's is refused by name.
 """
@@ -25,7 +25,8 @@ from typing import Annotated, Any
 
 import arms  # noqa: F401 - before torch: it settles how threads wait
 from cyclopts import App, Parameter
-from study_report import equal_compute, figure, made_so_far, tables, verdict_table
+from study_figures import figure, picture
+from study_report import Made, equal_compute, made_so_far, tables, verdict_table
 from study_rules import Left, Results, Run, Study, composition, last
 from study_run import perform, rehearsed
 
@@ -96,7 +97,7 @@ def preview(
     for arm in rules.preview.arms:
         one = Run.of(rules, arm, 0, rules.preview.learning_rate, "reported")
         made[arm] = [_made(one, kept, inputs)]
-    _write(results, [PREVIEW, *tables(rules, made), "", PREVIEW], figure(rules, made, note=PREVIEW))
+    _write(results, [PREVIEW, *tables(rules, made), "", PREVIEW], rules, made, PREVIEW)
 
 
 @app.command
@@ -106,7 +107,7 @@ def report(
     results: At = HERE / "results" / "study",
     study: Rules = HERE / "study.yaml",
 ) -> None:
-    """Tables, verdicts and the figure of all runs that are done: OUT/study.md and OUT/study.svg."""
+    """Tables, verdicts and figures of all runs that are done: OUT/study.md, OUT/study.svg, OUT/picture.svg."""
     rules = Study.read(study)
     kept = Results(results, rules)
     made = made_so_far(kept)
@@ -115,15 +116,16 @@ def report(
     missing = sum(len(stage.runs) + len(stage.waiting) * len(rules.seeds) for stage in kept.stages())
     note = f"UNFINISHED: {missing} runs are left; not to be quoted" if missing else None
     lines = [*tables(rules, made), *verdict_table(kept, made), *equal_compute(kept, made)]
-    _write(out, [note, *lines, "", note] if note else lines, figure(rules, made, note=note))
+    _write(out, [note, *lines, "", note] if note else lines, rules, made, note)
 
 
-def _write(out: Path, lines: Sequence[str], drawing: str) -> None:
+def _write(out: Path, lines: Sequence[str], rules: Study, made: Made, note: str | None) -> None:
     out.mkdir(parents=True, exist_ok=True)
     text = "\n".join(lines) + "\n"
     write_atomic(out / "study.md", text.encode())
-    write_atomic(out / "study.svg", drawing.encode())
-    print(f"{text}\n{out / 'study.svg'}")
+    for name, draw in (("study", figure), ("picture", picture)):
+        write_atomic(out / f"{name}.svg", draw(rules, made, note=note).encode())
+    print(f"{text}\n{out / 'study.svg'}, {out / 'picture.svg'}")
 
 
 PREVIEW = "PREVIEW: one seed, and a learning rate that nobody tuned; not to be quoted. The study is make study-full."

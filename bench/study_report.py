@@ -1,4 +1,4 @@
-"""What the study's JSONs say: tables, verdicts by the rules of study.yaml, and one figure."""
+"""What the study's JSONs say: tables, and verdicts by the rules of study.yaml."""
 
 from __future__ import annotations
 
@@ -13,8 +13,6 @@ from study_rules import Comparison, Results, Study, composition, last
 
 from lift_trainer.data.paraphrases import VARIANTS
 from lift_trainer.evaluators.shapes import SPLITS, TASKS
-from lift_trainer.report.chart import Level, Line, line_chart
-from lift_trainer.report.markup import Markup, tag
 
 TERA = 1e12
 ASKED = {"seen": "in wordings of training", "new": "in a new wording", "long": "in long captions"}
@@ -180,7 +178,7 @@ def equal_compute(kept: Results, made: Made) -> Iterator[str]:
             )
 
 
-# --------------------------------------------------------------------------------------------- figure
+# ---------------------------------------------------------------------------------------------- curves
 
 
 def spent(result: Mapping[str, Any], step: int, runs: int | None) -> float:
@@ -197,87 +195,3 @@ def at(results: Sequence[Mapping[str, Any]], step: int, variant: str) -> float:
         for point in one["curve"]
         if point["step"] == step
     )
-
-
-STYLE = """
-svg { font: 12px system-ui, sans-serif; background: #fff; }
-text { fill: #444; }
-.head { font-size: 14px; font-weight: 600; fill: #111; }
-.note { fill: #a40000; font-weight: 600; font-size: 14px; }
-.grid { stroke: #e4e4e4; }
-.level { stroke: #888; stroke-dasharray: 3 3; }
-.line { fill: none; stroke-width: 2; }
-.dot { fill: transparent; stroke: none !important; }
-"""
-COLOURS = ("#0b6e4f", "#c44900", "#5bb98c", "#2b59c3", "#7a7a7a", "#b8b8b8", "#b07bac", "#f0a202")
-PANEL = 330, 240
-HEAD = 84
-
-
-def figure(study: Study, made: Made, *, note: str | None = None) -> str:
-    """Curves of all arms that were trained in short captions, as one SVG file without anything outside it."""
-    shown = [arm for arm in made if arm in [*study.arms][: study.first]]
-    colours = "".join(f".c{n} {{ stroke: {COLOURS[n % len(COLOURS)]}; }}\n" for n in range(len(shown)))
-    axes: list[tuple[str, str, int | None]] = [("images seen, thousands", "images", None)]
-    axes.append(("training, TFLOPs", "flops", None))
-    axes += [
-        (f"and embedding, shared by {runs} run{'s' * (runs > 1)}, TFLOPs", "flops", runs)
-        for runs in sorted(study.amortised_over, reverse=True)
-    ]
-    width, height = len(axes) * PANEL[0] + 20, HEAD + 2 * (PANEL[1] + 30)
-
-    def x(result: Mapping[str, Any], step: int, kind: str, runs: int | None) -> float:
-        batch = int(study.training["batch_size"])
-        return step * batch / 1000 if kind == "images" else spent(result, step, runs) / TERA
-
-    panels = []
-    for row, variant in enumerate(("seen", "new")):
-        for column, (name, kind, runs) in enumerate(axes):
-            lines = [
-                Line(
-                    arm,
-                    [
-                        (
-                            x(made[arm][0], point["step"], kind, runs),
-                            100 * at(made[arm], point["step"], variant),
-                        )
-                        for point in made[arm][0]["curve"]
-                    ],
-                    f"c{number}",
-                )
-                for number, arm in enumerate(shown)
-            ]
-            chart = line_chart(
-                lines,
-                x_name="",
-                y_name="accuracy",
-                width=PANEL[0],
-                height=PANEL[1],
-                level=Level("chance", 50),
-            )
-            left, top = 10 + column * PANEL[0], HEAD + row * (PANEL[1] + 30)
-            panels.append(tag("svg", chart, x=left, y=top, width=PANEL[0], height=PANEL[1]))
-            panels.append(tag("text", name, x=left + PANEL[0] - 14, y=top + PANEL[1] + 4, text_anchor="end"))
-            if column == 0:
-                panels.append(
-                    tag("text", f"asked {ASKED[variant]}, %", x=left + 44, y=top + 4, class_="head")
-                )
-    legend = [
-        (
-            tag("line", x1=14 + 290 * (n % 4), x2=38 + 290 * (n % 4), y1=y, y2=y, class_=f"line c{n}"),
-            tag("text", arm, x=44 + 290 * (n % 4), y=y + 4),
-        )
-        for n, arm in enumerate(shown)
-        for y in [24 + 20 * (n // 4)]
-    ]
-    seeds = {len(made[arm]) for arm in shown}
-    told = f"mean of {' or '.join(map(str, sorted(seeds)))} seed{'s' * (seeds != {1})}, five tasks and two splits"
-    below = tag("text", note or told, x=14, y=66, class_="note" if note else None)
-    return _file(tag("style", Markup(STYLE + colours)), legend, below, panels, width=width, height=height)
-
-
-def _file(*content: Any, width: int, height: int) -> str:
-    drawing = tag(
-        "svg", *content, xmlns="http://www.w3.org/2000/svg", viewBox=f"0 0 {width} {height}", width=width
-    )
-    return f"{drawing}\n"

@@ -49,7 +49,7 @@ def runs(world: World) -> dict[str, TrainedRun]:  # noqa: F811
 @pytest.fixture
 def serving(runs: dict[str, TrainedRun], index: Index) -> Iterator[Server]:
     server = Server(open_nearest([*runs.items()], index, [], lambda text: None), port=0)
-    thread = threading.Thread(target=server.serve_forever)
+    thread = threading.Thread(target=server.serve_forever, args=(0.01,))
     thread.start()
     yield server
     server.shutdown()

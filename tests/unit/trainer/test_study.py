@@ -27,11 +27,14 @@ def bench() -> Iterator[SimpleNamespace]:
     sys.path.insert(0, str(BENCH))
     try:
         import study
+        import study_figures
         import study_report
         import study_rules
         import study_run
 
-        yield SimpleNamespace(study=study, report=study_report, rules=study_rules, run=study_run)
+        yield SimpleNamespace(
+            study=study, figures=study_figures, report=study_report, rules=study_rules, run=study_run
+        )
     finally:
         sys.path.remove(str(BENCH))
 
@@ -187,12 +190,30 @@ def test_runs_on_vectors_of_two_recipes_are_refused(bench: SimpleNamespace, fini
         bench.report.made_so_far(finished)
 
 
-def test_the_figure_is_one_file_that_needs_nothing(bench: SimpleNamespace, finished: Any, rules: Any) -> None:
-    drawn = bench.report.figure(rules, bench.report.made_so_far(finished))
-    assert re.findall(r"https?://[^\"]*", drawn) == ["http://www.w3.org/2000/svg"]
-    assert not re.search(r"href|url\(|<script|@import", drawn)
-    for arm in [*rules.arms][: rules.first]:
-        assert f">{arm}</text>" in drawn
+def test_the_figures_are_files_that_need_nothing_and_name_every_arm(
+    bench: SimpleNamespace, finished: Any, rules: Any
+) -> None:
+    for draw, ending in ((bench.figures.figure, ""), (bench.figures.picture, r" \d\d")):
+        drawn = draw(rules, bench.report.made_so_far(finished))
+        assert re.findall(r"https?://[^\"]*", drawn) == ["http://www.w3.org/2000/svg"]
+        assert not re.search(r"href|url\(|<script|@import", drawn)
+        for arm in [*rules.arms][: rules.first]:
+            assert re.search(f">{arm}{ending}</text>", drawn)
+
+
+def test_the_picture_says_what_the_seeds_say_and_a_note_that_it_is_unfinished(
+    bench: SimpleNamespace, finished: Any, rules: Any
+) -> None:
+    made = bench.report.made_so_far(finished)
+    drawn = bench.figures.picture(rules, made)
+    assert ">lift-minilm-center 72</text>" in drawn  # 70, 71, 72, 73, 74
+    assert "mean and 95 % interval of 4 or 5 seeds" in drawn
+    assert "UNFINISHED" in bench.figures.picture(rules, made, note="UNFINISHED: 1 run is left")
+
+
+def test_names_are_moved_apart_in_their_order(bench: SimpleNamespace) -> None:
+    found = bench.figures.spread({"a": 10.0, "b": 11.0, "c": 12.0, "d": 100.0}, 15)
+    assert found == {"a": -4.0, "b": 11.0, "c": 26.0, "d": 100.0}
 
 
 def test_embedding_is_paid_before_the_first_step_and_shared(bench: SimpleNamespace, rules: Any) -> None:
@@ -295,7 +316,8 @@ def test_a_preview_says_so_first_and_last_and_in_the_figure(
     bench.study.preview(inputs=inputs, results=tmp_path / "preview", study=small)
     said = capsys.readouterr().out.strip().splitlines()
     assert said[0].startswith("PREVIEW: ") and said[-3].startswith("PREVIEW: ")
-    assert "PREVIEW: " in (tmp_path / "preview" / "study.svg").read_text()
+    for name in ("study", "picture"):
+        assert "PREVIEW: " in (tmp_path / "preview" / f"{name}.svg").read_text()
     assert (tmp_path / "preview" / "study.md").read_text().startswith("PREVIEW: ")
     long = json.loads((tmp_path / "preview" / "clip-linear-seed0.json").read_text())["curve"][0]["scores"][
         "test"
