@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Annotated, Any
@@ -97,7 +97,7 @@ def preview(
     for arm in rules.preview.arms:
         one = Run.of(rules, arm, 0, rules.preview.learning_rate, "reported")
         made[arm] = [_made(one, kept, inputs)]
-    _write(results, [PREVIEW, *tables(rules, made), "", PREVIEW], rules, made, PREVIEW)
+    _write(results, rules, made, tables(rules, made), PREVIEW)
 
 
 @app.command
@@ -116,12 +116,13 @@ def report(
     missing = sum(len(stage.runs) + len(stage.waiting) * len(rules.seeds) for stage in kept.stages())
     note = f"UNFINISHED: {missing} runs are left; not to be quoted" if missing else None
     lines = [*tables(rules, made), *verdict_table(kept, made), *equal_compute(kept, made)]
-    _write(out, [note, *lines, "", note] if note else lines, rules, made, note)
+    _write(out, rules, made, lines, note)
 
 
-def _write(out: Path, lines: Sequence[str], rules: Study, made: Made, note: str | None) -> None:
+def _write(out: Path, rules: Study, made: Made, lines: Iterable[str], note: str | None) -> None:
+    """Tables and figures; a note stands first and last, and in each figure."""
     out.mkdir(parents=True, exist_ok=True)
-    text = "\n".join(lines) + "\n"
+    text = "\n".join([note, *lines, "", note] if note else lines) + "\n"
     write_atomic(out / "study.md", text.encode())
     for name, draw in (("study", figure), ("picture", picture)):
         write_atomic(out / f"{name}.svg", draw(rules, made, note=note).encode())
