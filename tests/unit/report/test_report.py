@@ -375,6 +375,9 @@ def test_several_runs_share_one_page_and_what_differs_is_listed(
     report(new_run("a"), new_run("b", settings={"text_transform": "whiten:128"}), "-o", out, capsys=capsys)
     assert "What differs a b text transform center whiten:128" in said(out)
     assert out.read_text().count("<polyline") == 4  # two lines, wide and narrow
+    header = said(out.read_text().partition("</header>")[0])
+    assert "a: An image encoder" in header and "b: An image encoder" in header
+    assert header.count("% b") == 2  # each headline has the second run's value under the first's
 
 
 def test_held_out_losses_are_a_curve_beside_that_of_training(

@@ -109,20 +109,24 @@ def document(named: str, *parts: Child, images: str = "data:", forms: str = "'no
 
 
 def _header(report: Report, found: Sequence[Table]) -> Markup:
-    run = report.runs[0]
-    lede = _lede(run) if isinstance(run, Run) else (f"Released: {run.results[0].subject.checkpoint}.",)
-    names = f"{run.name}: " if len(report.runs) > 1 else None
-    best = [_figure(table, name) for table in found if table.rows[0].run is run for name in table.headlines]
+    first, several = report.runs[0], len(report.runs) > 1
+    best = [_figure(table, name) for table in found if table.rows[0].run is first for name in table.headlines]
+    ledes = [
+        tag("p", (tag("span", class_=f"key {style}"), f"{run.name}: ") if several else None, _lede(run))
+        for run, style in report.all[: len(report.runs)]
+    ]
     return tag(
         "header",
         tag("p", "LIFT report", class_="eyebrow"),
-        tag("h1", ", ".join(each.name for each in report.runs)),
-        tag("p", names, lede, class_="lede"),
+        tag("h1", ", ".join(run.name for run in report.runs)),
+        tag("div", ledes, class_="lede"),
         tag("dl", best[:FIGURES], class_="figures"),
     )
 
 
-def _lede(run: Run) -> Child:
+def _lede(run: Evaluated) -> Child:
+    if not isinstance(run, Run):
+        return f"Released: {run.results[0].subject.checkpoint}."
     steps, batch = run.state.step, run.config.batch_size
     unfinished = f" of {run.state.total_steps:,}" if steps < run.state.total_steps else ""
     return (
@@ -154,17 +158,33 @@ def _texts(run: Run) -> str:
 
 
 def _figure(table: Table, name: str) -> Markup:
+    """A score, of the first run large; of further ones and of controls below it."""
     score = table.first.scores[name]
     below = [f"{score.items:,} items"]
     if score.low is not None and score.high is not None:
         below.append(f"{score.low * 100:.1f} to {score.high * 100:.1f}")
     if score.chance is not None:
         below.append(f"chance {score.chance * 100:.1f}")
+    others = [row for row in table.rows[1:] if name in row.result.scores]
     return tag(
         "div",
         tag("dt", label(table, name)),
-        tag("dd", _big(score)),
+        tag(
+            "dd",
+            _big(score),
+            tag("small", tag("span", class_=f"key {table.rows[0].style}")) if others else None,
+        ),
         tag("p", "; ".join(below)),
+        [
+            tag(
+                "dd",
+                tag("span", class_=f"key {row.style}"),
+                share(row.result.scores[name].value),
+                tag("small", f" {row.run.name}"),
+                class_="other",
+            )
+            for row in others
+        ],
     )
 
 
