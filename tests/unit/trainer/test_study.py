@@ -223,6 +223,23 @@ def test_embedding_is_paid_before_the_first_step_and_shared(bench: SimpleNamespa
     assert bench.report.spent(result, 10, None) == 10 * 1e9
 
 
+# ------------------------------------------------------------------------------------------- what was published
+
+
+def test_what_the_docs_show_is_what_the_committed_runs_say(bench: SimpleNamespace, rules: Any) -> None:
+    kept = bench.rules.Results(BENCH / "results" / "study", rules)
+    made = bench.report.made_so_far(kept)
+    assert list(made) == list(rules.arms) and {len(results) for results in made.values()} == {5}
+    docs = BENCH.parent / "docs"
+    assert (docs / "images" / "study.svg").read_text() == bench.figures.picture(rules, made)
+    assert (docs / "images" / "study-curves.svg").read_text() == bench.figures.figure(rules, made)
+    quoted = set((docs / "results.md").read_text().splitlines())
+    rows = [str(one) for one in bench.report.verdicts(kept, made)]
+    rows += [row for row in bench.report.tables(rules, made) if " (trained " in row]
+    assert len(rows) == len(rules.comparisons) + len(rules.arms)
+    assert [row for row in rows if row not in quoted] == []
+
+
 # ------------------------------------------------------------------------------------------- real runs
 
 
