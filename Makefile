@@ -105,7 +105,7 @@ bench-efficiency: setup  ## what a fixed text encoder saves in FLOPs, memory and
 bench-order: setup  ## shuffling by blocks against a full permutation (ten seconds)
 	$(T)/python bench/order.py --out runs/bench-order.json
 
-study: setup  ## a fixed text encoder beside joint training, in small: a preview of study-full (half an hour)
+study: setup  ## a fixed text encoder beside joint training, in small: a preview of study-full (10 minutes)
 	$(T)/lift-data paraphrases runs/study/reported
 	$(call STUDY_CACHE,minilm)
 	$(call STUDY_CACHE,smollm2)

@@ -1,6 +1,6 @@
 """Does a fixed text encoder beat joint training at composition and long captions, for less compute?
 
-    make study         four arms, one seed, in at most half an hour: a preview
+    make study         four arms, one seed, in ten minutes: a preview
     make study-full    all of bench/study.yaml
 
 `bench/study.yaml` fixes arms, learning rates, metrics and rules; this file only runs it. Every run leaves one JSON in
