@@ -64,7 +64,8 @@ def figure(study: Study, made: Made, *, note: str | None = None) -> str:
             ]
             chart = line_chart(
                 lines,
-                x_name="",
+                x_name=name,
+                named=False,
                 y_name="accuracy",
                 width=PANEL[0],
                 height=PANEL[1],

@@ -216,6 +216,7 @@ getattr(cli, sys.argv[1])(sys.argv[3:])
 """Sends Ctrl-C to itself when a module of this name is imported, or a file of this name opened."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("entry", "when", "argv"),
     [

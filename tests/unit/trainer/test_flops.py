@@ -97,6 +97,7 @@ class TestFlops:
         assert expected.forward * batch <= forward <= expected.forward * batch + watched
 
 
+@pytest.mark.slow
 class TestMemory:
     def test_the_estimate_is_what_a_real_step_holds_at_its_peak(self) -> None:
         tower, text = vit(), CachedTextTower(6, 8, "mlp")
@@ -154,6 +155,7 @@ class TestMemory:
         assert 2 * lion == step_memory(vit(), text, shape, optimizer="adamw").optimiser
 
 
+@pytest.mark.slow
 class TestPlan:
     def test_a_batch_far_beyond_this_machine_is_planned(self) -> None:
         plan = plan_step(

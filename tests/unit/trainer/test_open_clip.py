@@ -16,6 +16,8 @@ from lift_trainer.optim import CosineSchedule, decay_groups
 from lift_trainer.text_towers import ClipTextTower, TextShape
 from lift_trainer.towers import ImageTower, build_tower
 
+pytestmark = pytest.mark.slow
+
 open_clip = pytest.importorskip("open_clip")
 
 LIFT = "vit_base_patch16_clip_224"

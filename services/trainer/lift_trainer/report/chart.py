@@ -33,9 +33,20 @@ class Level:
 
 
 def line_chart(
-    lines: Sequence[Line], *, x_name: str, y_name: str, width: int, height: int, level: Level | None = None
+    lines: Sequence[Line],
+    *,
+    x_name: str,
+    y_name: str,
+    width: int,
+    height: int,
+    level: Level | None = None,
+    named: bool = True,
 ) -> Markup:
-    """One SVG of `width` × `height` CSS pixels at most; it shrinks with its box."""
+    """One SVG of `width` × `height` CSS pixels at most; it shrinks with its box.
+
+    Args:
+        named: whether `x_name` stands at the end of the axis.
+    """
     lines = [Line(line.name, _thin(line.points), line.style) for line in lines if line.points]
     xs = [x for line in lines for x, _ in line.points]
     ys = [y for line in lines for _, y in line.points] + ([level.y] if level else [])
@@ -64,7 +75,7 @@ def line_chart(
             text_anchor="middle",
         )
         for x in x_ticks
-        if at_x(x) < width - RIGHT - 7 * len(x_name) - 16
+        if not named or at_x(x) < width - RIGHT - 7 * len(x_name) - 16
     ]
     reference = None
     if level is not None:
@@ -93,7 +104,7 @@ def line_chart(
         for line in lines
         for x, y in _some(line.points)
     ]
-    last = tag("text", x_name, x=width - RIGHT, y=height - BOTTOM + 18, text_anchor="end")
+    last = tag("text", x_name, x=width - RIGHT, y=height - BOTTOM + 18, text_anchor="end") if named else None
     label = f"{y_name} by {x_name}: " + "; ".join(
         f"{line.name} from {line.points[0][1]:.3g} to {line.points[-1][1]:.3g}" for line in lines
     )
