@@ -13,8 +13,8 @@ $(E)/lift-embed fill runs/study/reported/captions.txt --cache runs/study/$(1) --
 endef
 
 .PHONY: help setup demo test test-fast test-tools test-service test-e2e torture torture-short lint format \
-        fast-embedder fast-trainer slow-embedder slow-trainer bench-posembed bench-emoji bench-cache bench-encodings \
-        bench-efficiency bench-order bench-server bench-shapes bench-trainer study study-full clean
+        fast-embedder fast-trainer fast-report slow-embedder slow-trainer slow-tools \
+        bench-posembed bench-emoji bench-cache bench-encodings bench-efficiency bench-order bench-server bench-shapes bench-trainer study study-full clean
 
 help:  ## say what there is
 	@awk -F':.*## ' '/^[a-z0-9-]+:.*## /{printf "  make %-17s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -29,20 +29,25 @@ demo: setup  ## the whole pipeline on 3,584 emoji and their names, ending with r
 test: lint test-fast test-tools test-service test-e2e torture-short  ## everything that CI runs: lint, types, all tests
 
 test-fast: setup  ## the tests that need no engine and no server of ours, but for slow ones (a minute)
-	@$(MAKE) --no-print-directory -j2 --output-sync=target fast-embedder fast-trainer
+	@$(MAKE) --no-print-directory -j2 --output-sync=target fast-trainer fast-embedder fast-report
 
 fast-embedder:
 	$(E)/pytest -q -m 'not slow' tests/unit/project tests/unit/cache tests/unit/embedder
 
 fast-trainer:
-	$(T)/pytest -q -m 'not slow' tests/unit/trainer tests/unit/data tests/unit/report
+	$(T)/pytest -q -m 'not slow' tests/unit/trainer
+
+fast-report:
+	$(T)/pytest -q -m 'not slow' tests/unit/data tests/unit/report
 
 test-tools: setup  ## the slow ones, and what lift-cache does with real caches: convert, repair, plan, move
-	@$(MAKE) --no-print-directory -j2 --output-sync=target slow-embedder slow-trainer
-	$(E)/pytest -q --durations=5 tests/tools tests/torture/test_disk.py
+	@$(MAKE) --no-print-directory -j2 --output-sync=target slow-trainer slow-embedder slow-tools
 
 slow-embedder:
 	$(E)/pytest -q -m slow --durations=5 tests/unit/project tests/unit/cache tests/unit/embedder
+
+slow-tools:
+	$(E)/pytest -q --durations=5 tests/tools tests/torture/test_disk.py
 
 slow-trainer:
 	$(T)/pytest -q -m slow --durations=5 tests/unit/trainer tests/unit/data tests/unit/report
