@@ -162,7 +162,7 @@ def equal_compute(kept: Results, made: Made) -> Iterator[str]:
         return
     yield (
         "\nAt equal operations: the joint arm's last score within those of the fixed arm's whole run. Read before its "
-        "end, its learning rate has not come down yet, so a run planned to be that short would score better\n"
+        "end, its learning rate has not come down yet, so a run planned to be that short should score better\n"
     )
     yield _row("embedding shared by", "asked", fixed, f"{joint}, after steps", "its score")
     yield _row(*["---"] * 5)
