@@ -31,8 +31,7 @@ HEAD = 84
 
 def figure(study: Study, made: Made, *, note: str | None = None) -> str:
     """Curves of all arms that were trained in short captions, as one SVG file without anything outside it."""
-    shown = [arm for arm in made if arm in [*study.arms][: study.first]]
-    colours = "".join(f".c{n} {{ stroke: {COLOURS[n % len(COLOURS)]}; }}\n" for n in range(len(shown)))
+    shown = _shown(study, made)
     axes: list[tuple[str, str, int | None]] = [("images seen, thousands", "images", None)]
     axes.append(("training, TFLOPs", "flops", None))
     axes += [
@@ -45,23 +44,14 @@ def figure(study: Study, made: Made, *, note: str | None = None) -> str:
         batch = int(study.training["batch_size"])
         return step * batch / 1000 if kind == "images" else spent(result, step, runs) / TERA
 
+    def points(arm: str, variant: str, kind: str, runs: int | None) -> list[tuple[float, float]]:
+        first = made[arm][0]
+        return [(x(first, step, kind, runs), 100 * score) for step, score in _scores(made[arm], variant)]
+
     panels = []
     for row, variant in enumerate(("seen", "new")):
         for column, (name, kind, runs) in enumerate(axes):
-            lines = [
-                Line(
-                    arm,
-                    [
-                        (
-                            x(made[arm][0], point["step"], kind, runs),
-                            100 * at(made[arm], point["step"], variant),
-                        )
-                        for point in made[arm][0]["curve"]
-                    ],
-                    f"c{number}",
-                )
-                for number, arm in enumerate(shown)
-            ]
+            lines = [Line(arm, points(arm, variant, kind, runs), f"c{n}") for n, arm in enumerate(shown)]
             chart = line_chart(
                 lines,
                 x_name=name,
@@ -86,10 +76,28 @@ def figure(study: Study, made: Made, *, note: str | None = None) -> str:
         for n, arm in enumerate(shown)
         for y in [24 + 20 * (n // 4)]
     ]
-    seeds = {len(made[arm]) for arm in shown}
-    told = f"mean of {' or '.join(map(str, sorted(seeds)))} seed{'s' * (seeds != {1})}, five tasks and two splits"
+    told = f"mean of {_seeds(made, shown)}, five tasks and two splits"
     below = tag("text", note or told, x=14, y=66, class_="note" if note else None)
-    return _file(tag("style", Markup(STYLE + colours)), legend, below, panels, width=width, height=height)
+    sheet = tag("style", Markup(STYLE + _colours(len(shown))))
+    return _file(sheet, legend, below, panels, width=width, height=height)
+
+
+def _shown(study: Study, made: Made) -> list[str]:
+    return [arm for arm in made if arm in [*study.arms][: study.first]]
+
+
+def _scores(results: Sequence[Mapping[str, Any]], variant: str) -> list[tuple[int, float]]:
+    """(step, mean over seeds), in order."""
+    return [(point["step"], at(results, point["step"], variant)) for point in results[0]["curve"]]
+
+
+def _seeds(made: Made, arms: Sequence[str]) -> str:
+    counts = sorted({len(made[arm]) for arm in arms})
+    return f"{' or '.join(map(str, counts))} seed{'s' * (counts != [1])}"
+
+
+def _colours(arms: int) -> str:
+    return "".join(f".c{n} {{ stroke: {COLOURS[n % len(COLOURS)]}; }}\n" for n in range(arms))
 
 
 def _file(*content: Any, width: int, height: int) -> str:
@@ -101,8 +109,6 @@ def _file(*content: Any, width: int, height: int) -> str:
 
 # ------------------------------------------------------------------------------------------- for a README
 
-SHARED_BY = 10
-"""Runs that share an embedding."""
 WIDE, HIGH = 290, 300
 """Of a panel's plot; its names stand to the right of it."""
 NAMES, LEFT, TOP, BELOW = 205, 40, 40, 48
@@ -111,26 +117,25 @@ APART = 15
 
 def picture(study: Study, made: Made, *, note: str | None = None) -> str:
     """How far each arm came in known and in new wordings, by its operations; named at its end, with its interval."""
-    arms = [arm for arm in [*study.arms][: study.first] if arm in made]
-    panels = [Panel.of(study, made, arms, variant) for variant in ("seen", "new")]
-    low, high = min(panel.low for panel in panels), max(panel.high for panel in panels)
+    arms, runs = _shown(study, made), max(study.amortised_over)
+    panels = [Panel.of(made, arms, variant, runs) for variant in ("seen", "new")]
+    drawn_at = [score for panel in panels for score in panel.scores]
+    low, high = math.floor(20 * min(0.5, *drawn_at)) / 20, math.ceil(20 * max(drawn_at)) / 20
     width = LEFT + WIDE + NAMES
     drawn = [
         tag("svg", panel.draw(low, high), x=n * width, y=0, width=width, height=TOP + HIGH + 24)
         for n, panel in enumerate(panels)
     ]
-    seeds = sorted({len(made[arm]) for arm in arms})
     told = (
-        f"Two-way accuracy in % (chance: 50) by TFLOPs of training and 1/{SHARED_BY} of the embedding; at the end, "
-        f"mean and 95 % interval of {' or '.join(map(str, seeds))} seed{'s' * (seeds != [1])}."
+        f"Two-way accuracy in % (chance: 50) by TFLOPs of training and 1/{runs} of the embedding; at the end, "
+        f"mean and 95 % interval of {_seeds(made, arms)}."
     )
     foot = tag("text", note or told, x=LEFT, y=TOP + HIGH + BELOW - 8, class_="note" if note else None)
     named = "".join(
-        f"text.c{n} {{ fill: {colour}; stroke: none; font-weight: 600; }}\n"
-        for n, colour in enumerate(COLOURS)
+        f"text.c{n} {{ fill: {COLOURS[n % len(COLOURS)]}; stroke: none; font-weight: 600; }}\n"
+        for n in range(len(arms))
     )
-    styles = "".join(f".c{n} {{ stroke: {colour}; }}\n" for n, colour in enumerate(COLOURS))
-    sheet = tag("style", Markup(STYLE + styles + named))
+    sheet = tag("style", Markup(STYLE + _colours(len(arms)) + named))
     return _file(sheet, drawn, foot, width=len(panels) * width, height=TOP + HIGH + BELOW)
 
 
@@ -145,11 +150,10 @@ class Panel:
     """Arm → its last accuracy over seeds."""
 
     @classmethod
-    def of(cls, study: Study, made: Made, arms: Sequence[str], variant: str) -> Panel:
+    def of(cls, made: Made, arms: Sequence[str], variant: str, runs: int) -> Panel:
         curves = {
             arm: [
-                (spent(made[arm][0], point["step"], SHARED_BY) / TERA, at(made[arm], point["step"], variant))
-                for point in made[arm][0]["curve"]
+                (spent(made[arm][0], step, runs) / TERA, score) for step, score in _scores(made[arm], variant)
             ]
             for arm in arms
         }
@@ -157,15 +161,11 @@ class Panel:
         return cls(f"asked {ASKED[variant]}", curves, ends)
 
     @property
-    def low(self) -> float:
-        """A round accuracy below all that is drawn, and chance."""
-        ends = [one.mean if math.isnan(one.low) else one.low for one in self.ends.values()]
-        return math.floor(20 * min(0.5, *ends, *(y for curve in self.curves.values() for _, y in curve))) / 20
-
-    @property
-    def high(self) -> float:
-        ends = [one.mean if math.isnan(one.high) else one.high for one in self.ends.values()]
-        return math.ceil(20 * max(*ends, *(y for curve in self.curves.values() for _, y in curve))) / 20
+    def scores(self) -> list[float]:
+        """All that is drawn; of one seed there is no interval."""
+        bounds = [bound for end in self.ends.values() for bound in (end.low, end.high)]
+        curves = [score for curve in self.curves.values() for _, score in curve]
+        return curves + [bound for bound in bounds if not math.isnan(bound)]
 
     def draw(self, low: float, high: float) -> list[Markup]:
         most = max(x for curve in self.curves.values() for x, _ in curve)

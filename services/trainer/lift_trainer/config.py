@@ -50,6 +50,11 @@ def _several(group: Group) -> Parameter:
     return Parameter(group=group, negative_iterable=(), env_var_split=_paths)
 
 
+def listed(group: Group, help: str | None = None) -> Parameter:
+    """A flag that takes one or more values at once."""
+    return Parameter(group=group, consume_multiple=True, negative_iterable=(), help=help)
+
+
 def _switch(group: Group) -> Parameter:
     return Parameter(group=group)
 
@@ -59,7 +64,7 @@ class TrainConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    data: Annotated[list[str], Parameter(group=DATA, consume_multiple=True, negative_iterable=())] = Field(
+    data: Annotated[list[str], listed(DATA)] = Field(
         min_length=1,
         description="WebDataset tars, or CSV/TSV/Parquet tables: files, globs, {000..010} braces.",
     )
@@ -74,9 +79,7 @@ class TrainConfig(BaseModel):
         description="Field of the samples' JSON, or column of a table, that holds the caption or captions. "
         "Several (short ones and long ones): one flag each.",
     )
-    caption_mix: Annotated[
-        list[float], Parameter(group=DATA, consume_multiple=True, negative_iterable=())
-    ] = Field(
+    caption_mix: Annotated[list[float], listed(DATA)] = Field(
         [], description="How often each --caption-field is drawn, such as 0.5 0.5. Default: equally often."
     )
     captions: Annotated[Literal["one", "all"], _flag(DATA)] = Field(
@@ -239,17 +242,15 @@ class TrainConfig(BaseModel):
         None, gt=0, description="Its bound. Default: 64."
     )
 
-    eval_data: Annotated[list[str], Parameter(group=WATCH, consume_multiple=True, negative_iterable=())] = (
-        Field([], description="Held-out shards or tables, scored while the run goes on.")
+    eval_data: Annotated[list[str], listed(WATCH)] = Field(
+        [], description="Held-out shards or tables, scored while the run goes on."
     )
     eval_every: Annotated[int | None, _flag(WATCH)] = Field(
         None, gt=0, description="Steps between two scorings. Default with --eval-data: every 1,000."
     )
-    evaluators: Annotated[list[str], Parameter(group=WATCH, consume_multiple=True, negative_iterable=())] = (
-        Field(
-            [],
-            description="Further scores: retrieval (of the held-out data), or a suite file as for lift-eval suite.",
-        )
+    evaluators: Annotated[list[str], listed(WATCH)] = Field(
+        [],
+        description="Further scores: retrieval (of the held-out data), or a suite file as for lift-eval suite.",
     )
     best: Annotated[str, _flag(WATCH)] = Field(
         "loss",

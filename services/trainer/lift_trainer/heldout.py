@@ -28,6 +28,7 @@ from lift_cache.files import write_atomic
 from lift_trainer.distributed import alone
 from lift_trainer.evaluators.images import central_views
 from lift_trainer.evaluators.live import LiveRun
+from lift_trainer.evaluators.result import stem
 from lift_trainer.evaluators.retrieval import CUTOFFS, DIRECTIONS, rank
 from lift_trainer.evaluators.tasks import is_suite, open_tasks, read_suite
 from lift_trainer.images import GIB
@@ -141,7 +142,7 @@ class Suite:
     evaluators: Sequence[SuiteEvaluator]
     encoder: LiveRun
     digest: str
-    """Of the suite files: scores by other files cannot be compared."""
+    """Of the tasks and their settings: scores by others cannot be compared."""
 
     @classmethod
     def open(cls, job: Job) -> Suite | None:
@@ -149,15 +150,15 @@ class Suite:
         files = [name for name in job.config.evaluators if is_suite(name)]
         if not files:
             return None
-        opened = open_tasks([task for file in files for task in read_suite(Path(file))])
-        written = b"".join(Path(file).read_bytes() for file in files)
-        return cls(opened, LiveRun.open(job), hashlib.blake2b(written, digest_size=16).hexdigest())
+        tasks = [task for file in files for task in read_suite(Path(file))]
+        digest = hashlib.blake2b(repr(tasks).encode(errors="surrogateescape"), digest_size=16).hexdigest()
+        return cls(open_tasks(tasks), LiveRun.open(job), digest)
 
     @property
     def names(self) -> list[str]:
         """Of all scores, before anything is computed."""
         return [
-            f"{evaluator.task}-{evaluator.name}-{evaluator.protocol}/{score}"
+            f"{stem(evaluator.task, evaluator.name, evaluator.protocol)}/{score}"
             for evaluator in self.evaluators
             for score in evaluator.scores
         ]

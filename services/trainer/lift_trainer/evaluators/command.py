@@ -16,7 +16,7 @@ from cyclopts.types import PositiveInt
 
 from lift_cache.errors import BadConfig, BadSource
 from lift_cache.terminal import run_command
-from lift_trainer.config import RUN, TEXT
+from lift_trainer.config import RUN, TEXT, listed
 from lift_trainer.evaluators.tasks import TASKS, Task, open_tasks, read_suite
 from lift_trainer.loading import loading
 
@@ -60,21 +60,11 @@ class Subjects:
 
     run: Annotated[
         list[Path],
-        Parameter(
-            group=RUN,
-            consume_multiple=True,
-            negative_iterable=(),
-            help="Directories of training runs; the newest checkpoint of each is used.",
-        ),
+        listed(RUN, "Directories of training runs; the newest checkpoint of each is used."),
     ] = field(default_factory=list)
     checkpoint: Annotated[
         list[Path],
-        Parameter(
-            group=RUN,
-            consume_multiple=True,
-            negative_iterable=(),
-            help="Files that LIFT's authors released, of LIFT or CLIP; results go to FILE.eval.",
-        ),
+        listed(RUN, "Files that LIFT's authors released, of LIFT or CLIP; results go to FILE.eval."),
     ] = field(default_factory=list)
     pixel_stats: Annotated[
         Literal["training", "reference"],
@@ -97,11 +87,9 @@ class Subjects:
     ] = None
     train_data: Annotated[
         list[str],
-        Parameter(
-            group=TEXT,
-            consume_multiple=True,
-            negative_iterable=(),
-            help="Of --checkpoint files: shards of what they were trained on, or of a part of it, for blind scores and "
+        listed(
+            TEXT,
+            "Of --checkpoint files: shards of what they were trained on, or of a part of it, for blind scores and "
             "distances. A run knows its own.",
         ),
     ] = field(default_factory=list)

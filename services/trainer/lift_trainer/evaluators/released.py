@@ -30,6 +30,7 @@ from torch import nn
 
 from lift_cache.client import EmbeddingClient
 from lift_cache.errors import BadConfig, BadSource, LiftError
+from lift_cache.files import digest_file
 from lift_cache.reader import CacheReader
 from lift_cache.recipe import Recipe
 from lift_trainer.config import TextShape, TrainConfig
@@ -420,12 +421,11 @@ class ReleasedModel:
         if self.training is None:
             return None
         index, rejects = self.training
-        texts = self.subject.recipe or ""
-        of = hashlib.blake2b(f"{self._weights} {index.digest} {texts}".encode(), digest_size=6).hexdigest()
+        made_of = f"{self._weights} {index.digest} {self.subject.recipe or ''}"
+        of = hashlib.blake2b(made_of.encode(), digest_size=6).hexdigest()
         path = self.directory / f"mean-{kind}-{of}.safetensors"
         return kept_mean(kind, path, lambda: compute(index, rejects), self.device)
 
     @cached_property
     def _weights(self) -> str:
-        with self.path.open("rb") as file:
-            return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+        return digest_file(self.path)

@@ -22,6 +22,11 @@ from lift_trainer.evaluators.items import Items, mean
 VERSION = 1
 
 
+def stem(task: str, name: str, protocol: str) -> str:
+    """TASK-NAME-PROTOCOL: of the file, and of what tells apart the results of one encoder."""
+    return f"{task}-{name}-{protocol}"
+
+
 class _Frozen(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -72,8 +77,8 @@ class Result(_Frozen):
 
     @property
     def stem(self) -> str:
-        """TASK-NAME-PROTOCOL: of the file, and of what tells apart the results of one encoder."""
-        return f"{self.task}-{self.name}-{self.protocol}"
+        """See `stem`."""
+        return stem(self.task, self.name, self.protocol)
 
     def write(self, directory: Path) -> Path:
         """Write `DIRECTORY/TASK-NAME-PROTOCOL.json`. Raises CacheFull, StorageFailed."""

@@ -14,7 +14,7 @@ from cyclopts import Parameter
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
 from lift_cache.errors import BadConfig
-from lift_trainer.config import DATA
+from lift_trainer.config import DATA, listed
 
 if TYPE_CHECKING:
     from lift_trainer.evaluators.labelled import Labelled
@@ -26,10 +26,6 @@ MaxBad = Annotated[int, Parameter(group=DATA)]
 
 def _field(name: str = "") -> Any:
     return Parameter(group=DATA, name=name or None)
-
-
-def _several() -> Any:
-    return Parameter(group=DATA, consume_multiple=True, negative_iterable=())
 
 
 class Task(BaseModel, ABC):
@@ -74,7 +70,7 @@ class RetrievalTask(Task):
 
     task: ClassVar[str] = "retrieval"
 
-    data: Annotated[list[str], _several()] = Field(
+    data: Annotated[list[str], listed(DATA)] = Field(
         min_length=1,
         description="Shards or tables, as for lift-train; or COCO's `captions_*.json`, Karpathy's `dataset_*.json`, "
         "Flickr30k's CSV (of both the test split).",
@@ -88,7 +84,7 @@ class RetrievalTask(Task):
     image_field: Annotated[str, _field()] = Field(
         "image", description="Column of a table that names the image."
     )
-    caption_field: Annotated[list[str], _several()] = Field(
+    caption_field: Annotated[list[str], listed(DATA)] = Field(
         [], description="Fields or columns that hold the captions."
     )
     seed: Annotated[int, _field()] = Field(0, ge=0, description="Which captions the gallery shows.")
@@ -118,7 +114,7 @@ class ShapesTask(Task):
 
     task: ClassVar[str] = "shapes"
 
-    data: Annotated[list[str], _several()] = Field(
+    data: Annotated[list[str], listed(DATA)] = Field(
         min_length=1,
         description="Folder that lift-data shapes wrote (both held-out splits), or shards whose JSON has negatives.",
     )
@@ -199,7 +195,7 @@ class ZeroShotTask(LabelledTask):
 
     task: ClassVar[str] = "zeroshot"
 
-    data: Annotated[list[str], _several()] = Field(
+    data: Annotated[list[str], listed(DATA)] = Field(
         min_length=1,
         description="Folder with a folder of images per class; with --label-field, shards or tables.",
     )
@@ -239,10 +235,10 @@ class ProbeTask(LabelledTask):
 
     task: ClassVar[str] = "probe"
 
-    train: Annotated[list[str], _several()] = Field(
+    train: Annotated[list[str], listed(DATA)] = Field(
         min_length=1, description="Labelled training images, of the kind of --data."
     )
-    data: Annotated[list[str], _several()] = Field(
+    data: Annotated[list[str], listed(DATA)] = Field(
         min_length=1,
         description="Labelled test images: folder with a folder per class; with --label-field, shards or tables.",
     )
